@@ -1,0 +1,33 @@
+//! From the server's slot into the repositories, without a hole.
+//!
+//! [`cutter`], [`frontier`], [`lanes`], [`fill`] and [`resume`] decide; [`stream`], `lane`, `filler` and `uploader` act;
+//! [`cluster`] keeps at it.
+//! [`push`] is the other way in: one file at a time, as `archive_command` offers it.
+
+mod attempt;
+pub mod cluster;
+pub mod cutter;
+mod error;
+pub mod fill;
+mod filler;
+pub mod frontier;
+mod lane;
+pub mod lanes;
+mod load;
+mod part;
+pub mod push;
+pub mod push_all;
+mod receivers;
+pub mod resume;
+mod source;
+mod status;
+pub mod stream;
+mod sweeper;
+mod uploader;
+
+pub use attempt::ArchiveOptions;
+pub use cluster::archive;
+pub use error::ArchiveError;
+pub use receivers::{Member, OpenError, Opener, Receivers};
+pub use source::{Connected, SlotRow, Source};
+pub use status::{ClusterStatus, Doing, Progress, RepositoryProgress};

@@ -1,0 +1,40 @@
+//! What the objects of a repository mean. The only room where WAL, sealing and the store meet.
+//!
+//! - [`layout`] builds and reads every object's name;
+//! - [`records`] is what we write down, as JSON under the meta key, [`table`] the files of a base backup;
+//! - [`Repository`] is a repository opened with its key; [`writer`] puts objects into it, [`reader`] gets them out;
+//! - [`copy`] brings them from one repository into another;
+//! - [`inventory`] is a picture of what is there, in plain values; [`load`] takes it.
+//!
+//! What always holds: an object is created and not replaced (P6); it opens only under the realm, kind and name that it
+//! was sealed for (P4); a name that is not understood is left alone; "not there" is said only when the store said so (P7).
+
+mod branches;
+pub mod copy;
+mod error;
+pub mod inventory;
+mod join;
+pub mod layout;
+pub mod load;
+mod prefix;
+pub mod reader;
+pub mod records;
+pub mod repository;
+mod resume;
+pub mod sweep;
+pub mod table;
+mod tail;
+#[cfg(test)]
+mod tests;
+pub mod verdict;
+mod weak;
+pub mod writer;
+
+pub use copy::{CopiedBackup, CopiedEnd, CopiedSegment};
+pub use error::CatalogError;
+
+pub use reader::{ObjectReader, SegmentBytes};
+pub use repository::{Repository, Usage};
+pub use resume::Resume;
+pub use sweep::Removed;
+pub use writer::{Conflict, MAX_RANGE, ObjectWriter, Put, RangeSealer, SealedObject, SealedRange, WalTail};

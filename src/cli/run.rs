@@ -1,0 +1,40 @@
+//! `pgkeep run`: the daemon. Archives the WAL of all clusters until a signal.
+
+use tokio::sync::watch;
+
+use super::{CliError, Context, Exit, bucket, open, stop_on_signal};
+use crate::archive::ClusterStatus;
+use crate::daemon;
+
+/// `pgkeep run`: the daemon. Archives the WAL of all clusters until a signal.
+#[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "\
+Streams until SIGTERM or SIGINT, then seals what it has and exits. It keeps no state of its own: stopped or killed at \
+any moment, it goes on where the repository ends. With --cluster it serves that cluster alone.
+
+Example:
+  pgkeep run --config /etc/pgkeep/pgkeep.toml")]
+pub struct Args {}
+
+/// Runs the command.
+pub async fn run(context: &Context, _args: Args) -> Result<Exit, CliError> {
+    let config = context.config()?;
+    let stop = stop_on_signal()?;
+    let mut jobs = Vec::new();
+    let clusters = config.clusters(context.cluster_name())?;
+    let _cleaning = bucket::clean_stale_uploads(bucket::repositories_of(&config, clusters.iter().copied()));
+    for cluster in clusters {
+        jobs.push((open::job(&config, cluster).await?, watch::Sender::new(ClusterStatus::default())));
+    }
+    let mut worst = None;
+    for ended in daemon::run(jobs, stop).await {
+        if let Err(error) = ended.result {
+            let error = open::archive_error(error).context(format!("archive cluster {}", ended.cluster));
+            let is_worse = worst.as_ref().is_none_or(|worst: &CliError| error.exit().code() > worst.exit().code());
+            if is_worse {
+                worst = Some(error);
+            }
+        }
+    }
+    worst.map_or(Ok(Exit::Done), Err)
+}

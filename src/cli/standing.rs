@@ -1,0 +1,118 @@
+//! How far each repository of a cluster is, and how far behind the best one. Pure.
+
+use jiff::Timestamp;
+
+use super::output;
+use crate::catalog::inventory::ClusterInventory;
+use crate::types::{Branch, Lsn, PgTimestamp, SegmentSize};
+
+/// What a repository holds of a cluster, in short.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Standing {
+    /// Its name in the configuration.
+    pub repository: String,
+    /// The newest branch of which anything counts, and the end of its contiguous WAL.
+    pub frontier: Option<(Branch, Lsn)>,
+    /// When the server had written that, by its clock, as far as the repository tells.
+    pub as_of: Option<Timestamp>,
+    /// The cluster's segment size.
+    pub segment_size: Option<SegmentSize>,
+}
+
+/// How far a repository is behind the best one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Lag {
+    /// The best one.
+    pub best: String,
+    /// Bytes of WAL that the best one holds and this one does not.
+    pub bytes: u64,
+    /// How much older its newest WAL is, in seconds.
+    pub seconds: Option<u64>,
+    /// It lacks a whole segment: it is being filled up, or is away.
+    pub lacks_segments: bool,
+}
+
+impl Standing {
+    /// From a picture of the repository.
+    pub fn of(repository: &str, inventory: &ClusterInventory) -> Standing {
+        let newest = inventory.branches.keys().rev().find_map(|branch| Some((*branch, inventory.frontier(*branch)?)));
+        let note = newest.and_then(|(branch, _)| inventory.branches.get(&branch)?.note_of_newest.as_ref());
+        Standing {
+            repository: repository.to_owned(),
+            frontier: newest,
+            as_of: note.and_then(|note| note.server_time).map(PgTimestamp::to_timestamp),
+            segment_size: inventory.segment_size,
+        }
+    }
+}
+
+/// How far each is behind the best of them; `None` for the best and its equals.
+pub(super) fn lags(standings: &[Standing]) -> Vec<Option<Lag>> {
+    let best = standings.iter().filter(|standing| standing.frontier.is_some()).max_by_key(|standing| standing.frontier);
+    let lag = |standing: &Standing| {
+        let (best, end) = best.and_then(|best| Some((best, best.frontier?)))?;
+        let held = standing.frontier.map_or(Lsn::ZERO, |(_, held)| held);
+        if standing.frontier == best.frontier || best.repository == standing.repository {
+            return None;
+        }
+        let seconds = best.as_of.zip(standing.as_of).map(|(best, own)| best.duration_since(own).as_secs());
+        Some(Lag {
+            best: best.repository.clone(),
+            bytes: end.1.bytes_since(held).unwrap_or(0),
+            seconds: seconds.map(|seconds| u64::try_from(seconds).unwrap_or(0)),
+            lacks_segments: best.segment_size.is_some_and(|size| held < end.1.segment_start(size)),
+        })
+    };
+    standings.iter().map(lag).collect()
+}
+
+impl Lag {
+    /// `33.6 MB and 12 s behind main`.
+    pub fn text(&self) -> String {
+        let bytes = output::bytes(self.bytes);
+        match self.seconds {
+            Some(seconds) => format!("{bytes} and {seconds} s behind {}", self.best),
+            None => format!("{bytes} behind {}", self.best),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::TimelineId;
+
+    fn standing(name: &str, frontier: Option<(u32, u64)>, at: i64) -> Standing {
+        Standing {
+            repository: name.to_owned(),
+            frontier: frontier
+                .map(|(timeline, lsn)| (Branch::first(TimelineId::new(timeline).unwrap()), Lsn::new(lsn))),
+            as_of: frontier.map(|_| Timestamp::from_second(at).unwrap()),
+            segment_size: SegmentSize::new(1 << 20),
+        }
+    }
+
+    #[test]
+    fn the_best_is_the_newest_timelines() {
+        let all = [
+            standing("a", Some((1, 9 << 20)), 100),
+            standing("b", Some((2, (8 << 20) + 5)), 160),
+            standing("c", Some((2, (8 << 20) + 1)), 159),
+            standing("d", None, 0),
+        ];
+        let lags = lags(&all);
+        assert_eq!(lags[1], None);
+        let of = |index: usize| lags[index].clone().unwrap();
+        assert_eq!((of(0).best.as_str(), of(0).bytes, of(0).seconds), ("b", 0, Some(60)));
+        assert_eq!(
+            (of(2).bytes, of(2).lacks_segments, of(2).text()),
+            (4, false, "4 bytes and 1 s behind b".to_owned())
+        );
+        assert_eq!((of(3).bytes, of(3).lacks_segments, of(3).seconds), ((8 << 20) + 5, true, None));
+    }
+
+    #[test]
+    fn without_any_wal_nobody_is_behind() {
+        assert_eq!(lags(&[standing("a", None, 0), standing("b", None, 0)]), [None, None]);
+    }
+}

@@ -1,0 +1,28 @@
+//! pgkeep keeps every committed PostgreSQL transaction, and proves it.
+//!
+//! The data's way:
+//!
+//! ```text
+//!             write side                     what both share                      read side
+//!  PostgreSQL ──► pg ──► wal ──► archive ─┐                       ┌─► plan (pure) ──► restore ──► PostgreSQL
+//!                  └────► backup ─────────┴─► catalog ─► seal ─► store ◄─┘
+//! ```
+//!
+//! The two sides meet only in [`catalog`]. Restoring never needs the source server; archiving never needs the planner.
+//! Decisions are pure values; the code that acts on them decides nothing. Who may import whom is a table in
+//! `tests/architecture.rs`, and `docs/architecture.md` tells the same with words.
+
+pub mod archive;
+pub mod backup;
+pub mod catalog;
+pub mod cli;
+pub mod config;
+pub mod copy;
+pub mod daemon;
+pub mod pg;
+pub mod plan;
+pub mod restore;
+pub mod seal;
+pub mod store;
+pub mod types;
+pub mod wal;

@@ -1,0 +1,254 @@
+//! The configuration file as a user writes it: what is taken, and what a mistake is answered with.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use pgkeep::config::{
+    CLUSTER_SETTINGS, Config, ConfigError, KeyOrigin, LockMode, ObjectLock, Place, REPOSITORY_SETTINGS,
+};
+
+const FILE: &str = "/etc/pgkeep/pgkeep.toml";
+
+const GOOD: &str = r#"[repository.main]
+path = "/srv/pgkeep"
+key_file = "main.key"
+
+[cluster.main]
+conninfo = "host=/run/postgresql user=postgres password=hunter2"
+repositories = ["main"]
+"#;
+
+fn parse(text: &str) -> Result<Config, ConfigError> {
+    Config::parse(text, Path::new(FILE))
+}
+
+fn mistake(text: &str) -> String {
+    parse(text).expect_err(text).to_string()
+}
+
+/// `GOOD` with `lines` at the end of its last section.
+fn good_and(lines: &str) -> String {
+    format!("{GOOD}{lines}\n")
+}
+
+#[test]
+fn the_smallest_file_has_the_defaults() {
+    let config = parse(GOOD).unwrap();
+    let cluster = config.cluster(None).unwrap();
+    assert_eq!((cluster.slot.as_str(), cluster.application_name.as_str()), ("pgkeep", "pgkeep"));
+    assert_eq!((cluster.max_delay, cluster.synchronous), (Duration::from_secs(1), false));
+    assert_eq!(cluster.name_in_repository.as_str(), "main");
+    let repository = config.repository_of(cluster).unwrap();
+    assert_eq!(repository.place, Place::Directory("/srv/pgkeep".into()));
+    // A relative path is relative to the file.
+    assert_eq!(repository.key.origin, KeyOrigin::File("/etc/pgkeep/main.key".into()));
+}
+
+#[test]
+fn everything_that_can_be_written_is_taken() {
+    let text = good_and(
+        r#"acknowledge = 1
+slot = "pgkeep_2"
+name_in_repository = "old-name"
+application_name = "pgkeep (spare)"
+max_delay = "250ms"
+synchronous = true
+shutdown_deadline = "1m 30s""#,
+    );
+    let config = parse(&text).unwrap();
+    let cluster = &config.clusters[0];
+    assert_eq!(cluster.max_delay, Duration::from_millis(250));
+    assert_eq!(cluster.shutdown_deadline, Duration::from_secs(90));
+    assert_eq!(cluster.name_in_repository.as_str(), "old-name");
+    assert!(cluster.synchronous);
+}
+
+#[test]
+fn a_misspelt_name_is_answered_with_the_nearest() {
+    let cases = [
+        (good_and("max_dealy = \"1s\""), ":8:", "did you mean \"max_delay\"?"),
+        (good_and("[repository.spare]\npath = \"/x\"\nkeyfile = \"k\""), ":10:", "did you mean \"key_file\"?"),
+        (good_and("key_file = \"k\""), ":8:", "it belongs into [repository.NAME]"),
+        (good_and("[clusters.spare]\nslot = \"x\""), ":8:", "did you mean [cluster.NAME]?"),
+        (good_and("zzz = \"blue\""), ":8:", "there are conninfo, repositories,"),
+        ("[repository]\npath = \"/x\"\n".to_owned(), ":2:", "write path below [repository.main]"),
+        (GOOD.replace("[\"main\"]", "[\"mian\"]"), ":7:", "did you mean \"main\"?"),
+    ];
+    for (text, line, want) in cases {
+        let message = mistake(&text);
+        assert!(
+            message.contains(&format!("{FILE}{line}")) && message.contains(want),
+            "{message}\nwanted {line} {want}"
+        );
+    }
+}
+
+#[test]
+fn values_out_of_range_are_answered_with_the_range() {
+    let cases = [
+        ("max_delay = \"0s\"", "10ms to 10m"),
+        ("max_delay = \"1h\"", "10ms to 10m"),
+        ("max_delay = \"-1s\"", "10ms to 10m"),
+        ("max_delay = \"soon\"", "not a duration such as"),
+        ("max_delay = 5", "invalid type"),
+        ("shutdown_deadline = \"1ms\"", "1s to 5m"),
+        ("slot = \"Main-Slot\"", "a-z, 0-9 and _"),
+        ("slot = \"\"", "at most 63"),
+        ("application_name = \"schön\"", "printable ASCII"),
+        ("acknowledge = 2", "can only be 1"),
+        ("name_in_repository = \"keys\"", "`format` and `keys` are taken"),
+        ("synchronous = \"yes\"", "invalid type"),
+    ];
+    for (line, want) in cases {
+        let message = mistake(&good_and(line));
+        assert!(message.contains(want) && message.contains(":8: "), "{line}: {message}");
+    }
+}
+
+#[test]
+fn several_repositories_and_how_many_acknowledge() {
+    let two = format!("{}\n[repository.second]\npath = \"/mnt/second\"\nkey_file = \"main.key\"\n", GOOD);
+    let with = |line: &str| two.replace("repositories = [\"main\"]", line);
+    let both = parse(&with("repositories = [\"second\", \"main\"]")).unwrap();
+    assert_eq!((both.clusters[0].repositories.join(","), both.clusters[0].acknowledge), ("second,main".to_owned(), 2));
+    let one = parse(&with("repositories = [\"second\", \"main\"]\nacknowledge = 1")).unwrap();
+    assert_eq!(one.clusters[0].acknowledge, 1);
+    for (line, want) in [
+        ("repositories = [\"main\", \"main\"]", "twice"),
+        ("repositories = []", "is empty"),
+        ("repositories = [\"main\", \"secund\"]", "did you mean \"second\"?"),
+        ("repositories = [\"main\", \"second\"]\nacknowledge = 3", "with 2 repositories it is 1 to 2"),
+        ("repositories = [\"main\", \"second\"]\nacknowledge = 0", "with 2 repositories it is 1 to 2"),
+    ] {
+        assert!(mistake(&with(line)).contains(want), "{line}: {}", mistake(&with(line)));
+    }
+}
+
+#[test]
+fn buckets_and_what_goes_with_them() {
+    let at = |lines: &str| GOOD.replace("path = \"/srv/pgkeep\"", lines);
+    let s3 = parse(&at(
+        "url = \"s3://bucket/some/prefix/\"\nregion = \"eu-1\"\nendpoint = \"http://127.0.0.1:9000\"\nchecksum = \"none\"\n\
+         object_lock = \"compliance\"\nobject_lock_days = 30\naccess_key_file = \"id\"\nsecret_key_file = \"secret\"",
+    ))
+    .unwrap();
+    let Place::S3(place) = &s3.repositories[0].place else { panic!("{:?}", s3.repositories[0].place) };
+    assert_eq!((place.bucket.as_str(), place.prefix.as_str()), ("bucket", "some/prefix"));
+    assert_eq!(place.object_lock, Some(ObjectLock { mode: LockMode::Compliance, days: 30 }));
+    assert!(place.credentials.as_ref().is_some_and(|files| files.secret_key_file.is_absolute()));
+    assert_eq!(s3.repositories[0].place.to_string(), "s3://bucket/some/prefix");
+    let azure = parse(&at("url = \"az://container\"\naccount = \"me\"")).unwrap();
+    assert!(matches!(&azure.repositories[0].place, Place::Azure(place) if place.prefix.is_empty()));
+    for (lines, want) in [
+        ("url = \"bucket/prefix\"", "such as s3://bucket/prefix"),
+        ("url = \"gss://bucket\"", "did you mean gs://?"),
+        ("url = \"s3://\"", "such as s3://bucket/prefix"),
+        ("url = \"s3://bucket/../other\"", "such as s3://bucket/prefix"),
+        ("url = \"gs://bucket\"\nregion = \"x\"", "region does not go with"),
+        ("path = \"/srv\"\nkms_key = \"x\"", "kms_key does not go with"),
+        ("url = \"s3://b\"\naccount = \"x\"", "account does not go with"),
+        ("url = \"s3://b\"\nobject_lock = \"compliance\"", "needs object_lock_days"),
+        ("url = \"s3://b\"\nobject_lock = \"forever\"\nobject_lock_days = 1", "governance, compliance"),
+        ("url = \"s3://b\"\nchecksum = \"md5\"", "auto, crc32c, sha256, none"),
+        ("url = \"s3://b\"\naccess_key_file = \"x\"", "together"),
+    ] {
+        assert!(mistake(&at(lines)).contains(want), "{lines}: {}", mistake(&at(lines)));
+    }
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    let without = |line: &str| GOOD.lines().filter(|l| !l.starts_with(line)).collect::<Vec<_>>().join("\n");
+    for (line, want) in [
+        ("path", "[repository.main] needs path"),
+        ("key_file", "one of key_file, key_env, key_command"),
+        ("conninfo", "[cluster.main] needs conninfo"),
+        ("repositories", "such as repositories = [\"main\"]"),
+    ] {
+        assert!(mistake(&without(line)).contains(want), "{}", mistake(&without(line)));
+    }
+    assert!(mistake("").contains("no [repository.NAME]"));
+}
+
+#[test]
+fn all_mistakes_come_at_once_in_the_order_of_their_lines() {
+    let message = mistake(&good_and("slot = \"X\"\nmax_delay = \"1h\""));
+    let lines: Vec<_> = message.lines().collect();
+    assert!(lines.len() == 2 && lines[0].contains(":8:") && lines[1].contains(":9:"), "{message}");
+}
+
+#[test]
+fn sections_must_not_share_a_place() {
+    let twice = good_and("[repository.copy]\npath = \"/srv/pgkeep\"\nkey_file = \"k\"");
+    assert!(mistake(&twice).contains("the same place"));
+    let same_name = good_and("[cluster.b]\nconninfo = \"\"\nrepositories = [\"main\"]\nname_in_repository = \"main\"");
+    assert!(mistake(&same_name).contains("choose another name_in_repository"));
+}
+
+/// What may be a password is in no Debug, and no message shows the line it stands on.
+#[test]
+fn secrets_stay_out_of_debug_and_messages() {
+    assert!(!format!("{:?}", parse(GOOD).unwrap()).contains("hunter2"));
+    let broken = [
+        GOOD.replace("hunter2\"", "hunter2"),        // the string does not end
+        good_and("conninfo = \"password=hunter2\""), // twice
+        GOOD.replace("conninfo", "coninfo"),
+        GOOD.replace("conninfo = ", "conninfo "),
+        GOOD.replace("repositories = [", "repositories = [\"password=hunter2\", "),
+    ];
+    for text in broken {
+        assert!(!mistake(&text).contains("hunter2"), "{}", mistake(&text));
+    }
+}
+
+#[test]
+fn one_is_taken_and_several_ask_which() {
+    let two = good_and("[cluster.other]\nconninfo = \"host=b\"\nrepositories = [\"main\"]");
+    let config = parse(&two).unwrap();
+    let message = config.cluster(None).unwrap_err().to_string();
+    assert!(message.contains("--cluster") && message.contains("main, other"), "{message}");
+    assert_eq!(config.cluster(Some("other")).unwrap().name.as_str(), "other");
+    assert!(config.cluster(Some("othr")).unwrap_err().to_string().contains("did you mean \"other\"?"));
+    assert_eq!(config.clusters(None).unwrap().len(), 2);
+    assert_eq!(config.clusters(Some("main")).unwrap().len(), 1);
+}
+
+#[test]
+fn a_host_that_only_restores_needs_no_cluster() {
+    let text = GOOD.split("[cluster").next().unwrap();
+    let config = parse(text).unwrap();
+    let read = config.read_from(Some("orders"), None).unwrap();
+    assert_eq!(read.cluster.unwrap().as_str(), "orders");
+    assert!(config.read_from(None, None).unwrap().cluster.is_none());
+    assert!(config.read_from(Some("../x"), None).is_err());
+    assert!(config.clusters(None).unwrap_err().to_string().contains("has no [cluster.NAME]"));
+    // With clusters in the file, a name that is not there is a mistake unless the repository is named as well.
+    let config = parse(&good_and("name_in_repository = \"stored\"")).unwrap();
+    assert_eq!(config.read_from(None, None).unwrap().cluster.unwrap().as_str(), "stored");
+    assert!(config.read_from(Some("mian"), None).is_err());
+    assert_eq!(config.read_from(Some("gone"), Some("main")).unwrap().cluster.unwrap().as_str(), "gone");
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let error = Config::load(&PathBuf::from("/nonexistent/pgkeep.toml")).unwrap_err();
+    assert!(error.to_string().contains("/nonexistent/pgkeep.toml"));
+}
+
+/// The reference is complete and promises nothing that is not there.
+#[test]
+fn the_reference_names_every_setting() {
+    let page = include_str!("../docs/reference/configuration.md");
+    for setting in REPOSITORY_SETTINGS.iter().chain(CLUSTER_SETTINGS) {
+        let row = page.lines().find(|line| line.starts_with(&format!("| `{}` |", setting.name)));
+        let row = row.unwrap_or_else(|| panic!("{} has no row", setting.name));
+        if let Some(default) = setting.default {
+            assert!(row.contains(&format!("`{default}`")), "{}: its default {default} is not in {row:?}", setting.name);
+        }
+    }
+    let known = |name: &str| REPOSITORY_SETTINGS.iter().chain(CLUSTER_SETTINGS).any(|setting| setting.name == name);
+    let rows = page.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+    for name in rows.filter(|name| name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')) {
+        assert!(known(name), "{name} is in the reference, but no setting");
+    }
+}
