@@ -76,6 +76,7 @@ impl Archiver {
             max_delay: Duration::from_millis(100),
             synchronous: false,
             shutdown_deadline: Duration::from_secs(10),
+            fill_rate: None,
         };
         let (repository, stop) = (repository.clone(), CancellationToken::new());
         let status = watch::Sender::new(ClusterStatus::default());

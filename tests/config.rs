@@ -53,12 +53,14 @@ name_in_repository = "old-name"
 application_name = "pgkeep (spare)"
 max_delay = "250ms"
 synchronous = true
-shutdown_deadline = "1m 30s""#,
+shutdown_deadline = "1m 30s"
+fill_rate = "50MB/s""#,
     );
     let config = parse(&text).unwrap();
     let cluster = &config.clusters[0];
     assert_eq!(cluster.max_delay, Duration::from_millis(250));
     assert_eq!(cluster.shutdown_deadline, Duration::from_secs(90));
+    assert_eq!(cluster.fill_rate.map(u64::from), Some(50_000_000));
     assert_eq!(cluster.name_in_repository.as_str(), "old-name");
     assert!(cluster.synchronous);
 }
@@ -87,6 +89,8 @@ fn a_misspelt_name_is_answered_with_the_nearest() {
 fn values_out_of_range_are_answered_with_the_range() {
     let cases = [
         ("max_delay = \"0s\"", "10ms to 10m"),
+        ("fill_rate = \"50\"", "such as \"50MB/s\""),
+        ("fill_rate = \"5kB/s\"", "at least 100kB/s"),
         ("max_delay = \"1h\"", "10ms to 10m"),
         ("max_delay = \"-1s\"", "10ms to 10m"),
         ("max_delay = \"soon\"", "not a duration such as"),

@@ -4,6 +4,7 @@
 //! archived one, or that nothing is archived; and no WAL, nor the history files it needs, before the overlap was equal.
 //! A repository that does not answer, or that holds another history, does not keep the others from going on.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,6 +44,8 @@ pub struct ArchiveOptions {
     pub synchronous: bool,
     /// How long a stopping server, or our own stop, waits for the repository.
     pub shutdown_deadline: Duration,
+    /// Bytes of WAL a second with which a repository that was away is filled up at most; `None`: as fast as it goes.
+    pub fill_rate: Option<NonZeroU64>,
 }
 
 /// A repository at the beginning of an attempt.
@@ -280,6 +283,7 @@ impl Attempt<'_> {
             cutter: CutterOptions { max_delay: self.options.max_delay, synchronous: self.options.synchronous },
             shutdown_deadline: self.options.shutdown_deadline,
             open_grace: OPEN_GRACE,
+            fill_rate: self.options.fill_rate,
         };
         match replication.start(Some(&self.source.slot), begin.at, begin.timeline).await? {
             Started::TimelineEnded(_, end) => Ok(StreamEnd::TimelineEnded(end)),

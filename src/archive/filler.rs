@@ -1,16 +1,19 @@
 //! Fills up one repository that fell behind, from the others, until it can take part in the stream again.
 //!
 //! Invariant: nothing is put into it before what it holds has compared equal with a repository whose bytes are the server's
-//! (P6); then history files, then segments in order, [`AT_ONCE`] at a time, so that it never has a hole that a crash would
+//! (P6); then history files, then segments in order, [`at_once`] at a time, so that it never has a hole that a crash would
 //! leave behind what counts (P1). What it decides by is [`super::fill`]'s.
-//! Memory: [`AT_ONCE`] segments, each as `Repository::copy_segment` needs it.
+//! Memory: [`at_once`] segments, each as `Repository::copy_segment` needs it. Speed: no more than [`Pace`] allows, so that
+//! the stores and the network are left to the stream.
 //! Crash and cancellation: objects are there whole or not at all; the next one goes on where the repository ends.
 
-use std::sync::Arc;
+use std::num::NonZeroU64;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::stream::{self, StreamExt};
 use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::ArchiveError;
 use super::fill::{Path, Position, Step};
@@ -21,11 +24,15 @@ use crate::catalog::inventory::Run;
 use crate::catalog::layout::ClusterObject;
 use crate::catalog::records::{GapReason, GapRecord};
 use crate::catalog::{CatalogError, Put, Repository};
-use crate::types::{Branch, Digest, Lsn, SegmentNumber, TimelineId};
+use crate::types::{Branch, Digest, Lsn, SegmentNumber, SegmentSize, TimelineId};
 use crate::wal::receiver::Expected;
 
-/// Segments that are copied at the same time.
-const AT_ONCE: usize = 2;
+/// Bytes of segments that are copied at the same time, and how many segments that is at least and at most: a store that
+/// takes long for each answer has to be asked for several.
+const BYTES_AT_ONCE: u64 = 64 << 20;
+const SEGMENTS_AT_ONCE: (u64, u64) = (2, 8);
+/// Segments that are begun before it is looked anew how far the stream is.
+const ROUND: usize = 32;
 /// Opening and loading what a repository holds takes no longer.
 const LOAD_DEADLINE: Duration = Duration::from_secs(300);
 /// A segment takes no longer.
@@ -121,6 +128,40 @@ pub(super) struct Filler {
     pub served: Arc<Served>,
     pub horizon: watch::Receiver<Horizon>,
     pub letters: mpsc::Sender<Letter>,
+    pub pace: Pace,
+}
+
+/// No more than so many bytes a second, over all copies of one filler.
+#[derive(Debug)]
+pub(super) struct Pace {
+    rate: Option<NonZeroU64>,
+    /// Before this nothing more is begun.
+    free_at: Mutex<Instant>,
+}
+
+impl Pace {
+    pub fn new(rate: Option<NonZeroU64>) -> Pace {
+        Pace { rate, free_at: Mutex::new(Instant::now()) }
+    }
+
+    /// Waits until `bytes` may go. Whoever is dropped while it waits has taken its turn all the same.
+    async fn wait(&self, bytes: u64) {
+        let Some(rate) = self.rate else { return };
+        let begin = {
+            let mut free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner); // a plain value
+            let begin = (*free_at).max(Instant::now());
+            *free_at = begin + Duration::from_secs_f64(bytes as f64 / rate.get() as f64);
+            begin
+        };
+        sleep_until(begin).await;
+    }
+}
+
+/// Segments of this size that are copied at the same time.
+fn at_once(size: SegmentSize) -> usize {
+    let (least, most) = SEGMENTS_AT_ONCE;
+    // invariant: at most 8
+    usize::try_from((BYTES_AT_ONCE / size.bytes()).clamp(least, most)).unwrap_or(2)
 }
 
 impl Filler {
@@ -266,28 +307,34 @@ impl Filler {
         Ok(None)
     }
 
-    /// Copies what `step` says, and the segment after it beside.
+    /// Copies what `step` says, and the segments after it, some beside each other; what is done counts in order.
     async fn copy(&self, path: &Path, filled: &mut Filled, step: Step, horizon: &Horizon) -> Result<(), ArchiveError> {
         let mut steps = vec![step];
-        while let (true, Some(Step::Segment { branch, to, .. })) = (steps.len() < AT_ONCE, steps.last()) {
+        while let (true, Some(Step::Segment { branch, to, .. })) = (steps.len() < ROUND, steps.last()) {
             let next = path.next(Position { on: branch.timeline, to: *to }, horizon.streamed, horizon.kept_from);
             if !matches!(next, Step::Segment { .. }) {
                 break;
             }
             steps.push(next);
         }
-        let target = &filled.prepared.repository;
-        let copies = steps.iter().map(|step| async move {
+        let target = filled.prepared.repository.clone();
+        let target = &target;
+        let size = self.served.size;
+        let copies = stream::iter(steps).map(|step: Step| async move {
+            self.pace.wait(size.bytes()).await;
             let late = |_| ArchiveError::NoAnswer { repository: self.name(), after: COPY_DEADLINE };
-            timeout(COPY_DEADLINE, self.copy_step(target, *step, &horizon.sources)).await.map_err(late)?
+            let copied = timeout(COPY_DEADLINE, self.copy_step(target, step, &horizon.sources)).await.map_err(late)?;
+            copied.map(|copied| (step, copied))
         });
-        for (step, copied) in steps.iter().zip(futures_util::future::join_all(copies).await) {
+        let mut copies = std::pin::pin!(copies.buffered(at_once(size)));
+        while let Some(copied) = copies.next().await {
+            let (step, copied) = copied?;
             let from = path.settle(filled.position);
             let (Step::Segment { branch, to, .. } | Step::Parts { branch, to, .. }) = step else { break };
-            match copied? {
+            match copied {
                 true => {
-                    filled.position = Position { on: branch.timeline, to: *to };
-                    self.tell(News::Copied { from: from.to, to: *to }).await;
+                    filled.position = Position { on: branch.timeline, to };
+                    self.tell(News::Copied { from: from.to, to }).await;
                 }
                 false => {
                     // Nobody has it: where a gap is recorded elsewhere, it is one here, too.
@@ -407,7 +454,7 @@ impl Filler {
 }
 
 /// Offset of `at` in `segment`, whose end it may be.
-fn offset(at: Lsn, segment: SegmentNumber, size: crate::types::SegmentSize) -> u32 {
+fn offset(at: Lsn, segment: SegmentNumber, size: SegmentSize) -> u32 {
     // invariant: a segment is at most 1 GiB
     u32::try_from(at.bytes_since(segment.start(size)).unwrap_or(0)).unwrap_or(u32::MAX)
 }
@@ -417,7 +464,6 @@ mod tests {
     use super::*;
     use crate::seal::KeyFile;
     use crate::store::memory::MemoryStore;
-    use crate::types::SegmentSize;
 
     const MIB: u64 = 1 << 20;
 
@@ -451,6 +497,20 @@ mod tests {
         ahead.prepared.is_empty = false;
         ahead.begin_no_later(&path, at(7 * MIB));
         assert_eq!(ahead.position, at(90 * MIB));
+    }
+
+    /// Ten segments of 1 MiB at 1 MiB a second take nine seconds: the first goes at once.
+    #[tokio::test(start_paused = true)]
+    async fn no_faster_than_allowed() {
+        let begin = Instant::now();
+        let pace = Pace::new(NonZeroU64::new(MIB));
+        futures_util::future::join_all((0..10).map(|_| pace.wait(MIB))).await;
+        assert_eq!(begin.elapsed().as_secs(), 9);
+        Pace::new(None).wait(u64::MAX).await;
+        assert_eq!(begin.elapsed().as_secs(), 9);
+        for (size, segments) in [(1, 8), (16, 4), (64, 2), (1024, 2)] {
+            assert_eq!(at_once(SegmentSize::new(size * MIB).unwrap()), segments);
+        }
     }
 
     /// Between the filler's look and the join the last byte to be compared may leave memory.

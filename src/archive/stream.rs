@@ -14,6 +14,7 @@
 //! or none, and a tail of whole frames.
 
 use std::collections::VecDeque;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::ArchiveError;
 use super::cutter::CutterOptions;
 use super::fill::{Path, Position, Step};
-use super::filler::{Filled, Filler, Horizon, Letter, News};
+use super::filler::{Filled, Filler, Horizon, Letter, News, Pace};
 use super::frontier::{acknowledged, reported};
 use super::lane::{Done, Entry, InMemory, Live, Newest, PARTS_UNDER_WAY, Side};
 use super::lanes::{Lanes, Standing};
@@ -61,6 +62,8 @@ pub struct StreamOptions {
     pub shutdown_deadline: Duration,
     /// How long the open pieces of a segment stay when it is there as a whole.
     pub open_grace: Duration,
+    /// Bytes of WAL a second that fill up a repository at most.
+    pub fill_rate: Option<NonZeroU64>,
 }
 
 /// Where a stream begins, as was decided by what the repositories hold.
@@ -439,6 +442,7 @@ impl Stream {
             served: Arc::clone(&self.served),
             horizon: self.horizon.subscribe(),
             letters: self.letters.0.clone(),
+            pace: Pace::new(self.options.fill_rate),
         };
         side.tasks.spawn(async move { Done::Filled(filler.run(known).await.map(Box::new)) });
     }

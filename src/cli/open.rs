@@ -176,6 +176,7 @@ pub fn archive_options(config: &ClusterConfig) -> ArchiveOptions {
         max_delay: config.max_delay,
         synchronous: config.synchronous,
         shutdown_deadline: config.shutdown_deadline,
+        fill_rate: config.fill_rate,
     }
 }
 

@@ -287,6 +287,12 @@ impl Asked {
         Ok(())
     }
 
+    /// The repositories that took part, where others did not: nobody knows what those hold.
+    pub fn only(&self) -> Vec<&str> {
+        let all = self.named || self.away.is_empty() && self.left_out.is_empty();
+        self.known.iter().filter(|_| !all).map(|known| known.repository.name()).collect()
+    }
+
     /// Whether there was any choice.
     fn is_choice(&self) -> bool {
         self.known.len() + self.away.len() > 1

@@ -160,7 +160,10 @@ fn restore_command(
     }
     let until = restore::needed_to(plan);
     let path = &plan.path;
-    let command = FetchCommand { program: &program, config: &config.file, repository, cluster, path, until };
+    // Those that were away may hold another history when they are back: it was compared with nothing.
+    let from = asked.only();
+    let command =
+        FetchCommand { program: &program, config: &config.file, repository, from: &from, cluster, path, until };
     command.command().map_err(restore_error)
 }
 

@@ -1,5 +1,6 @@
 //! From the file as written to a [`Config`]: ranges, references, places. All problems are found in one go.
 
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,6 +18,8 @@ use crate::types::ClusterName;
 const MAX_DELAY: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(600));
 /// What `shutdown_deadline` may be.
 const SHUTDOWN_DEADLINE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
+/// The least that `fill_rate` may be, in bytes a second.
+const LEAST_RATE: u64 = 100_000;
 
 pub(super) fn check(written: File, text: &str, file: &Path) -> Result<Config, ConfigError> {
     let mut checker = Checker { text, file, problems: Vec::new() };
@@ -144,6 +147,7 @@ impl Checker<'_> {
         let max_delay = self.duration("max_delay", written.max_delay, Duration::from_secs(1), MAX_DELAY);
         let shutdown_deadline =
             self.duration("shutdown_deadline", written.shutdown_deadline, Duration::from_secs(10), SHUTDOWN_DEADLINE);
+        let fill_rate = self.rate("fill_rate", written.fill_rate);
         Some(ClusterConfig {
             name: parsed?,
             conninfo: conninfo?,
@@ -155,6 +159,7 @@ impl Checker<'_> {
             max_delay: max_delay?,
             synchronous: written.synchronous.unwrap_or(false),
             shutdown_deadline: shutdown_deadline?,
+            fill_rate: fill_rate?,
         })
     }
 
@@ -267,6 +272,20 @@ impl Checker<'_> {
         None
     }
 
+    /// Bytes a second; the inner `None`: no limit.
+    fn rate(&mut self, setting: &str, written: Option<Spanned<String>>) -> Option<Option<NonZeroU64>> {
+        let Some(written) = written else { return Some(None) };
+        if let Some(rate) = bytes_a_second(written.get_ref()) {
+            return Some(Some(rate));
+        }
+        let what = format!(
+            "{setting} = {:?} is not a rate such as \"50MB/s\" (a whole number with kB/s, MB/s or GB/s, at least 100kB/s)",
+            written.get_ref()
+        );
+        self.at(&written, what);
+        None
+    }
+
     /// What two sections must not have in common.
     fn pairs(&mut self, repositories: &[RepositoryConfig], clusters: &[ClusterConfig]) {
         for (at, one) in repositories.iter().enumerate() {
@@ -288,6 +307,19 @@ impl Checker<'_> {
             }
         }
     }
+}
+
+/// `50MB/s`. Less than [`LEAST_RATE`] is taken for a mistake: WAL would come faster than it could ever be filled up.
+fn bytes_a_second(text: &str) -> Option<NonZeroU64> {
+    let (number, unit) = text.split_at_checked(text.find(|c: char| !c.is_ascii_digit())?)?;
+    let unit = match unit.trim_start() {
+        "kB/s" => 1000,
+        "MB/s" => 1_000_000,
+        "GB/s" => 1_000_000_000,
+        _ => return None,
+    };
+    let rate = number.parse::<u64>().ok()?.checked_mul(unit)?;
+    NonZeroU64::new(rate).filter(|rate| rate.get() >= LEAST_RATE)
 }
 
 fn show_duration(duration: Duration) -> String {

@@ -63,6 +63,7 @@ pub const CLUSTER_SETTINGS: &[Setting] = &[
     with_default("max_delay", "1s"),
     with_default("synchronous", "false"),
     with_default("shutdown_deadline", "10s"),
+    setting("fill_rate"),
 ];
 
 /// The sections, each with what it may hold.
@@ -211,6 +212,7 @@ pub(super) struct Cluster {
     pub max_delay: Option<Spanned<String>>,
     pub synchronous: Option<bool>,
     pub shutdown_deadline: Option<Spanned<String>>,
+    pub fill_rate: Option<Spanned<String>>,
 }
 
 /// Line of a byte offset, from 1.

@@ -15,6 +15,7 @@ mod place;
 mod template;
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -63,6 +64,9 @@ pub struct ClusterConfig {
     pub synchronous: bool,
     /// How long a stopping PostgreSQL, or our own exit, may wait for the repository.
     pub shutdown_deadline: Duration,
+    /// A repository that was away is filled up from another with at most so many bytes of WAL a second; `None`: as fast as
+    /// the two go.
+    pub fill_rate: Option<NonZeroU64>,
 }
 
 /// One `[repository.NAME]`.

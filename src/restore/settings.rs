@@ -45,6 +45,8 @@ pub struct FetchCommand<'a> {
     pub config: &'a Path,
     /// The repository's name in it; `None`: all that the cluster has.
     pub repository: Option<&'a str>,
+    /// Of those, the only ones that may be asked; empty: any.
+    pub from: &'a [&'a str],
     /// The cluster's name.
     pub cluster: &'a str,
     /// The branches that recovery follows.
@@ -102,7 +104,10 @@ impl FetchCommand<'_> {
         let (steps, until) = (steps.collect::<Vec<_>>().join(","), self.until.to_string());
         let mut words = vec![program.as_str(), "--config", &config];
         words.extend(self.repository.iter().flat_map(|repository| ["--repository", repository]));
-        words.extend(["--cluster", self.cluster, "wal", "fetch", "--path", &steps, "--until", &until]);
+        words.extend(["--cluster", self.cluster, "wal", "fetch"]);
+        let from = self.from.join(",");
+        words.extend(Some(["--from", &from]).filter(|_| !self.from.is_empty()).into_iter().flatten());
+        words.extend(["--path", &steps, "--until", &until]);
         let words: Vec<String> = words.into_iter().map(|word| shell_word(word).replace('%', "%%")).collect();
         Ok(format!("exec {} %f %p", words.join(" ")))
     }
@@ -326,11 +331,12 @@ mod tests {
             PathPart { branch, from: Lsn::ZERO, to: Some("0/5000148".parse().unwrap()) },
             PathPart { branch: "00000002".parse().unwrap(), from: Lsn::ZERO, to: None },
         ];
-        let command = |program: &str| {
+        let command = |program: &str, repository: Option<&str>, from: &[&str]| {
             FetchCommand {
                 program: Path::new(program),
                 config: Path::new("/etc/pgkeep/pgkeep.toml"),
-                repository: Some("main"),
+                repository,
+                from,
                 cluster: "c",
                 path: &path,
                 until: "0/6000000".parse().unwrap(),
@@ -338,12 +344,21 @@ mod tests {
             .command()
         };
         assert_eq!(
-            command("/usr/bin/pgkeep").unwrap(),
+            command("/usr/bin/pgkeep", Some("main"), &[]).unwrap(),
             "exec /usr/bin/pgkeep --config /etc/pgkeep/pgkeep.toml --repository main --cluster c \
              wal fetch --path 00000001@0/5000148,00000002 --until 0/6000000 %f %p"
         );
-        assert!(command("/opt/a b's 100%/pgkeep").unwrap().starts_with(r"exec '/opt/a b'\''s 100%%/pgkeep' --config"));
-        assert!(command("/opt/a\nb").is_err());
+        assert!(
+            command("/p", None, &["near", "far"])
+                .unwrap()
+                .contains(" --cluster c wal fetch --from near,far --path 00000001@0/5000148")
+        );
+        assert!(
+            command("/opt/a b's 100%/pgkeep", None, &[])
+                .unwrap()
+                .starts_with(r"exec '/opt/a b'\''s 100%%/pgkeep' --config")
+        );
+        assert!(command("/opt/a\nb", None, &[]).is_err());
     }
 
     proptest! {

@@ -139,6 +139,7 @@ pub fn options() -> ArchiveOptions {
         max_delay: Duration::from_millis(200),
         synchronous: false,
         shutdown_deadline: Duration::from_secs(5),
+        fill_rate: None,
     }
 }
 

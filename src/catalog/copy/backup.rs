@@ -25,6 +25,8 @@ use crate::types::{BackupLabel, ClusterId};
 const PACKS_AT_ONCE: usize = 2;
 /// Pieces of tables under way at a time.
 const PARTS_AT_ONCE: usize = 4;
+/// How often an object is looked for that was not readable here at first, and is there all the same.
+const READS: u32 = 3;
 
 /// What copying a base backup did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -278,16 +280,24 @@ impl Repository {
         let own = header.as_ref().filter(|_| from.names_are_shared()).map(|header| own_name(name, &header.to_bytes()));
         let reader = from.open_reader(name.clone(), own, *kind, *len, header.clone()).await?;
         let note = CopiedNote { realm: from.realm(), header: reader.header().to_bytes() };
-        if let Some((len, header)) = self.find_copied(name, *kind, &note, &reader).await? {
-            return Ok(Brought { len, header, put: false });
-        }
         let json = records::to_json(&note).map_err(|source| self.record(name, source))?;
-        let writer = self.seal_object(cluster, object.clone()).await?;
-        let sealed = self.seal_from(reader, writer, json).await?;
-        let header = Header::parse(sealed.header()).map_err(|source| self.sealed(name, source))?;
-        let len = sealed.len();
-        let put = self.put_beside_damage(sealed, from).await? == Created::New;
-        Ok(Brought { len, header, put })
+        for attempt in 1.. {
+            if let Some((len, header)) = self.find_copied(name, *kind, &note, &reader).await? {
+                return Ok(Brought { len, header, put: false });
+            }
+            let writer = self.seal_object(cluster, object.clone()).await?;
+            let sealed = self.seal_from(reader.clone(), writer, json.clone()).await?;
+            let header = Header::parse(sealed.header()).map_err(|source| self.sealed(name, source))?;
+            let len = sealed.len();
+            match self.put_beside_damage(sealed, from).await {
+                // What is there opens now: its reading was spoilt on the way before, and it may be this very object.
+                Err(error @ CatalogError::Taken { .. }) if attempt < READS => {
+                    tracing::debug!(object = %name, %error, "there after all; looked at again");
+                }
+                put => return Ok(Brought { len, header, put: put? == Created::New }),
+            }
+        }
+        Err(self.taken(name))
     }
 
     /// An object here that was made from that one: its note says so, or all of its content does.
@@ -313,40 +323,52 @@ impl Repository {
                 Err(error) => return Err(error),
             };
             let made_from: Option<CopiedNote> = records::from_json(&footer.extra).ok();
-            let same = footer.plaintext_len == theirs.plaintext_len()
-                && (made_from.as_ref() == Some(note) || self.same_content(&name, kind, meta.len, theirs).await?);
-            if same {
-                self.sync_object(&name).await?;
-                return Ok(Some((meta.len, header)));
+            let same = if footer.plaintext_len != theirs.plaintext_len() {
+                Some(false)
+            } else if made_from.as_ref() == Some(note) {
+                Some(true)
+            } else {
+                self.same_content(&name, kind, meta.len, theirs).await?
+            };
+            match same {
+                Some(true) => {
+                    self.sync_object(&name).await?;
+                    return Ok(Some((meta.len, header)));
+                }
+                Some(false) => other = Some(name),
+                None => {}
             }
-            other = Some(name);
         }
         other.map_or(Ok(None), |name| Err(self.taken(&name)))
     }
 
-    /// Whether an object here holds the bytes of that one there. Reads both to the end.
+    /// Whether an object here holds the bytes of that one there; `None` where it is damaged. Reads both to the end.
     async fn same_content(
         &self,
         name: &Name,
         kind: Kind,
         len: u64,
         theirs: &ObjectReader,
-    ) -> Result<bool, CatalogError> {
-        let unusable = |error: &CatalogError| error.is_damage() || is_unreadable(error);
+    ) -> Result<Option<bool>, CatalogError> {
+        let unusable = |error: CatalogError| match error {
+            error if error.is_damage() => Ok(None),
+            error if is_unreadable(&error) => Ok(Some(false)), // who can say
+            error => Err(error),
+        };
         let mut ours = match self.open_reader_at(name.clone(), kind, len, None).await {
-            Err(error) if unusable(&error) => return Ok(false),
-            ours => ours?,
+            Err(error) => return unusable(error),
+            Ok(ours) => ours,
         };
         let mut theirs = theirs.clone();
         loop {
             let theirs = theirs.next_chunk().await?;
             let ours = match ours.next_chunk().await {
-                Err(error) if unusable(&error) => return Ok(false),
-                chunk => chunk?,
+                Err(error) => return unusable(error),
+                Ok(chunk) => chunk,
             };
             match (ours, theirs) {
-                (None, None) => return Ok(true),
-                (ours, theirs) if ours != theirs => return Ok(false),
+                (None, None) => return Ok(Some(true)),
+                (ours, theirs) if ours != theirs => return Ok(Some(false)),
                 _ => {}
             }
         }

@@ -36,6 +36,9 @@ pub struct Args {
     /// `00000001@0/5000148,00000002` [default: the first branch of each timeline]
     #[arg(long, value_name = "BRANCH@LSN,…", value_delimiter = ',')]
     pub path: Vec<Step>,
+    /// Ask these of the cluster's repositories alone: `restore` names those whose history it has compared
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    pub from: Vec<String>,
     /// Serve no WAL from this position on
     #[arg(long, value_name = "LSN")]
     pub until: Option<Lsn>,
@@ -57,6 +60,12 @@ async fn serve(context: &Context, args: &Args) -> Result<Exit, CliError> {
     let config = context.config()?;
     let from = config.read_from_any(context.cluster_name(), context.repository_name())?;
     let mut configs = from.repositories;
+    if let Some(unknown) = args.from.iter().find(|name| !configs.iter().any(|config| config.name == **name)) {
+        let error =
+            anyhow::anyhow!("--from names {unknown}, which is none of the repositories in {}", config.file.display());
+        return Err(CliError::usage(error));
+    }
+    configs.retain(|config| args.from.is_empty() || args.from.contains(&config.name));
     configs.sort_by_key(|config| !config.place.is_local()); // stable: the configuration's order within
     // PostgreSQL runs us in the data directory.
     let local = fetch::local(Path::new("")).map_err(fetch_error)?;
