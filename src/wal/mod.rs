@@ -11,6 +11,9 @@
 //!
 //! Sources: `src/include/access/{xlog_internal,xlogrecord,xact}.h`, `src/backend/access/transam/xlogreader.c`.
 
+mod audit;
+#[cfg(test)]
+mod audit_tests;
 #[cfg(test)]
 mod builder;
 mod decoder;
@@ -28,6 +31,7 @@ mod transaction;
 mod transaction_tests;
 mod version;
 
+pub use audit::{Unsound, WalAudit};
 pub use decoder::Decoder;
 pub use error::WalDamage;
 pub use page::{PAGE_SIZE, PageHeader, PageWatch};
