@@ -488,7 +488,10 @@ fn show(context: &Context, cluster: &Cluster) {
         let (branch, from, to) = (gap.branch, gap.from, gap.to);
         let noticed = output::time(gap.noticed_at);
         let what = if gap.reason == GapReason::Damaged { "DAMAGED WAL" } else { "GAP" };
-        output.line(format!("  {what} on branch {branch} from {from} to {to}, noticed {noticed}: {}", reason(gap.reason)));
+        output.line(format!(
+            "  {what} on branch {branch} from {from} to {to}, noticed {noticed}: {}",
+            reason(gap.reason)
+        ));
     }
     for damaged in &cluster.damaged {
         output.line(format!("  DAMAGED {}: {}", damaged.name, damaged.reason));

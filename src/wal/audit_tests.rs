@@ -27,11 +27,24 @@ fn whole(audit: WalAudit, bytes: &[u8]) -> (Vec<Unsound>, WalAudit) {
 /// What bad memory, bad disks and bad luck do to bytes.
 #[derive(Debug, Clone)]
 enum Harm {
-    Flip { at: Index, mask: u8 },
-    Zeros { at: Index, len: usize },
-    Noise { at: Index, len: usize, seed: u64 },
+    Flip {
+        at: Index,
+        mask: u8,
+    },
+    Zeros {
+        at: Index,
+        len: usize,
+    },
+    Noise {
+        at: Index,
+        len: usize,
+        seed: u64,
+    },
     /// A page of another place.
-    Page { from: Index, to: Index },
+    Page {
+        from: Index,
+        to: Index,
+    },
 }
 
 fn harm() -> impl Strategy<Value = Harm> {
