@@ -22,7 +22,7 @@ fn workload(pg: &mut TestPg, mib: u64) {
         statements.iter().for_each(|statement| arguments.extend(["-c", statement]));
         pg.tool("psql", &arguments);
     };
-    pg.tool("pgbench", &["-i", "-q", "-s", "2", "postgres"]);
+    pg.tool("pgbench", &["-i", "-q", "-s", "1", "postgres"]);
     psql(&["CREATE DATABASE other", "SELECT pg_create_restore_point('before the work')", "CHECKPOINT"]);
     pg.tool("pgbench", &["-n", "-c", "4", "-t", "250", "postgres"]);
 

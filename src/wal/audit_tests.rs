@@ -131,9 +131,10 @@ proptest! {
             }
         };
         match found.first() {
+            // A decoder may begin behind a switch, where pages are zeros; a stream begins with a segment.
+            Some(first) if first.damage == (WalDamage::Zeros { at: wal.start }) => {}
             Some(first) => {
-                // A decoder may begin behind a switch, a stream begins with a segment.
-                prop_assert!(may_tell || first.damage == WalDamage::Zeros { at: wal.start }, "{first:?}");
+                prop_assert!(may_tell, "{first:?}");
                 prop_assert!(intact <= first.from.advance(40) && !first.goes_on, "{intact} and {first:?}");
             }
             None => prop_assert!(!must_tell, "nothing was told"),
