@@ -112,7 +112,11 @@ proptest! {
         harms.iter().for_each(|harm| inflict(&mut bytes, harm));
         let (found, seen) = whole(audit(wal.start), &bytes);
         let (sliced, _) = run(audit(wal.start), &cut(&bytes, &cuts));
-        let places = |found: &[Unsound]| found.iter().map(|one| (one.from, one.to, one.goes_on)).collect::<Vec<_>>();
+        // Zeros in the place of the last header of all are told of when more follows.
+        let before_the_end = |one: &&Unsound| one.from.advance(64) <= wal.at();
+        let places = |found: &[Unsound]| {
+            found.iter().filter(before_the_end).map(|one| (one.from, one.to, one.goes_on)).collect::<Vec<_>>()
+        };
         prop_assert_eq!(places(&found), places(&sliced));
 
         // The judge: a decoder that stops at the first damage.
