@@ -11,7 +11,7 @@ use bytes::Bytes;
 use pgkeep::pg::instance::{Installation, StopMode};
 use pgkeep::types::{Lsn, PgTimestamp, SegmentNumber, SegmentSize, TimelineId};
 use pgkeep::wal::{
-    Decoder, Fact, Fork, PAGE_SIZE, PageWatch, Record, WalLevel, fact, may_be_fact, pad_open_segment, rmgr, wal_end,
+    Decoder, Fact, Fork, PAGE_SIZE, Record, WalAudit, WalLevel, fact, may_be_fact, pad_open_segment, rmgr, wal_end,
 };
 use support::{TestPg, for_each_major, ok};
 
@@ -22,7 +22,7 @@ fn workload(pg: &mut TestPg, mib: u64) {
         statements.iter().for_each(|statement| arguments.extend(["-c", statement]));
         pg.tool("psql", &arguments);
     };
-    pg.tool("pgbench", &["-i", "-q", "-s", "2", "postgres"]);
+    pg.tool("pgbench", &["-i", "-q", "-s", "1", "postgres"]);
     psql(&["CREATE DATABASE other", "SELECT pg_create_restore_point('before the work')", "CHECKPOINT"]);
     pg.tool("pgbench", &["-n", "-c", "4", "-t", "250", "postgres"]);
 
@@ -98,6 +98,7 @@ fn workload(pg: &mut TestPg, mib: u64) {
         "SELECT pg_create_restore_point('twice')",
         "DROP DATABASE other",
     ]);
+    the_rest(pg);
     let backup = ok(pg.scratch_dir("backup"));
     let backup = backup.join("base");
     pg.tool("pg_basebackup", &["-X", "none", "-c", "fast", "-D", &backup.to_string_lossy()]);
@@ -128,6 +129,63 @@ fn workload(pg: &mut TestPg, mib: u64) {
     });
     pg.sql("CREATE TABLE after_promotion (n int)");
     ok(pg.stop(StopMode::Fast));
+}
+
+/// What else a database does in its life.
+fn the_rest(pg: &TestPg) {
+    let space = ok(pg.scratch_dir("space"));
+    let space = format!("CREATE TABLESPACE sp LOCATION '{}'", space.display());
+    let statements = [
+        // Large objects, unlogged tables, partitions, views that are kept, rewrites.
+        "SELECT lo_from_bytea(7000, decode(repeat('ab', 20000), 'hex'))",
+        "SELECT lo_put(7000, 5000, 'changed')",
+        "SELECT lo_unlink(7000)",
+        "CREATE UNLOGGED TABLE u (n int PRIMARY KEY)",
+        "INSERT INTO u VALUES (1)",
+        "ALTER TABLE u SET LOGGED",
+        &space,
+        "CREATE TABLE part (k int, v text) PARTITION BY RANGE (k)",
+        "CREATE TABLE part_1 PARTITION OF part FOR VALUES FROM (0) TO (500) TABLESPACE sp",
+        "CREATE TABLE part_2 PARTITION OF part FOR VALUES FROM (500) TO (1000)",
+        "INSERT INTO part SELECT i, repeat('v', i % 50) FROM generate_series(0, 999) i",
+        "CREATE INDEX part_k ON part (k)",
+        "CREATE MATERIALIZED VIEW mv AS SELECT k, v FROM part",
+        "REFRESH MATERIALIZED VIEW mv",
+        "CLUSTER part_1 USING part_1_k_idx",
+        "ALTER TABLE part ALTER COLUMN k TYPE bigint",
+        "REINDEX TABLE part_2",
+        "ALTER TABLE part DETACH PARTITION part_1",
+        "DROP TABLE part_1",
+        "DROP TABLESPACE sp",
+        "VACUUM FULL pg_class",
+        // Updates that stay on their page, and locks that two transactions hold on a row.
+        "CREATE TABLE hot (id int PRIMARY KEY, n int) WITH (fillfactor = 50)",
+        "INSERT INTO hot SELECT i, 0 FROM generate_series(1, 200) i",
+        "UPDATE hot SET n = n + 1",
+        "UPDATE hot SET n = n + 1",
+        "BEGIN",
+        "SELECT count(*) FROM (SELECT * FROM hot WHERE id < 20 FOR KEY SHARE) locked",
+        "SAVEPOINT a",
+        "UPDATE hot SET n = n + 1 WHERE id < 20",
+        "COMMIT",
+        "VACUUM hot",
+        "BEGIN",
+        "DELETE FROM hot",
+        "TRUNCATE part",
+        "ROLLBACK",
+        "SELECT setval('q', 5000)",
+        "ALTER SEQUENCE q RESTART",
+        // Changes that came from elsewhere.
+        "SELECT pg_replication_origin_create('elsewhere')",
+        "SELECT pg_replication_origin_session_setup('elsewhere')",
+        "INSERT INTO hot VALUES (1001, 1)",
+        "SELECT pg_replication_origin_session_reset()",
+        "SELECT pg_replication_origin_advance('elsewhere', '0/ABC')",
+        "SELECT pg_replication_origin_drop('elsewhere')",
+    ];
+    let mut arguments = vec!["-X", "-q", "-d", "postgres"];
+    statements.iter().for_each(|statement| arguments.extend(["-c", statement]));
+    pg.tool("psql", &arguments);
 }
 
 /// The segments of a pg_wal: timeline, number, path, in order.
@@ -337,6 +395,8 @@ fn waldump(installation: &Installation, dir: &Path, timeline: TimelineId, start:
 struct Seen {
     records: usize,
     facts: BTreeMap<&'static str, usize>,
+    /// Records of each resource manager.
+    managers: BTreeMap<String, usize>,
 }
 
 fn compare(pg: &TestPg, size: SegmentSize) -> Seen {
@@ -366,16 +426,20 @@ fn compare(pg: &TestPg, size: SegmentSize) -> Seen {
         let mut bytes = std::fs::read(path).expect("read a segment");
         assert_eq!(bytes.len() as u64, size.bytes());
         bytes.truncate(valid as usize);
-        let mut watch = PageWatch::new(segment_start, size, None, *timeline).expect("a segment's start");
-        watch.push(&bytes).unwrap_or_else(|damage| panic!("{}: {damage}", path.display()));
-        assert_eq!(watch.major(), Some(pg.installation().major));
+        // Each file alone raises no alarm, whatever record it begins or ends in.
+        let mut audit = WalAudit::new(segment_start, size, None, *timeline).expect("a segment's start");
+        audit.push(&bytes);
+        assert_eq!(audit.take(), None, "{}", path.display());
         bytes.resize(size.bytes() as usize, 0);
         files.insert(*number, Bytes::from(bytes));
     }
     let slices: Vec<Bytes> = files.values().cloned().collect();
+    let mut audit = WalAudit::new(start, size, None, newest).expect("a segment's start").that_may_end();
+    slices.iter().flat_map(|slice| slice.chunks(131_072)).for_each(|message| audit.push(message));
+    assert_eq!(audit.take(), None, "an alarm in sound WAL");
 
     // All records, in network-sized slices; the facts alone, in others.
-    let (mut ours, mut facts) = (Vec::new(), BTreeMap::new());
+    let (mut ours, mut bodies, mut facts) = (Vec::new(), Vec::new(), BTreeMap::new());
     let mut decoder = Decoder::new(start, size);
     for slice in slices.iter().flat_map(|slice| (0..slice.len()).step_by(100_003).map(move |at| (slice, at))) {
         decoder.push(slice.0.slice(slice.1..slice.0.len().min(slice.1 + 100_003)));
@@ -384,8 +448,10 @@ fn compare(pg: &TestPg, size: SegmentSize) -> Seen {
                 facts.insert(record.start, fact);
             }
             ours.push(our_line(&record));
+            bodies.push(crc32c::crc32c(record.body()));
         }
     }
+    assert_eq!(decoder.format().map(|format| format.major), Some(pg.installation().major));
     let end = decoder.end_of_last_record();
     assert_eq!(decoder.ended_at(), Some(end), "zeros follow the shutdown checkpoint");
     let mut filtered = Decoder::new(start, size).only(may_be_fact);
@@ -399,12 +465,13 @@ fn compare(pg: &TestPg, size: SegmentSize) -> Seen {
     assert_eq!(again, facts);
 
     // One by one, the same.
-    let mut seen = Seen { records: 0, facts: BTreeMap::new() };
+    let mut seen = Seen { records: 0, facts: BTreeMap::new(), managers: BTreeMap::new() };
     let mut theirs = text.lines();
     for our in &ours {
         let (their, desc) = parse_line(theirs.next().unwrap_or_else(|| panic!("pg_waldump ends before {our:?}")));
         assert_eq!(*our, their);
         seen.records += 1;
+        *seen.managers.entry(our.rmgr.clone()).or_default() += 1;
         let known = ["Transaction", "XLOG"].contains(&our.rmgr.as_str());
         let Some(fact) = facts.get(&our.start) else {
             let kinds = ["COMMIT", "ABORT", "CHECKPOINT_S", "CHECKPOINT_O", "SWITCH", "BACKUP_END", "PARAMETER_CHANGE"];
@@ -421,13 +488,73 @@ fn compare(pg: &TestPg, size: SegmentSize) -> Seen {
     assert_eq!(theirs.next(), None, "pg_waldump has a record more");
 
     any_start_and_any_end(start, size, &slices, &ours);
+    any_slices(start, size, &slices, &ours, &bodies);
+    any_damage(start, size, &slices, &ours);
     seen
+}
+
+/// A number below `below`, by a seed that the failing test prints.
+fn next(seed: &mut u64, below: usize) -> usize {
+    *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    ((*seed >> 33) as usize) % below.max(1)
+}
+
+/// Some MiB of it, sliced by chance, from single bytes on: the same records.
+fn any_slices(start: Lsn, size: SegmentSize, slices: &[Bytes], ours: &[Line], bodies: &[u32]) {
+    for mut seed in 1..=3 {
+        let which = seed;
+        let mut decoder = Decoder::new(start, size);
+        let mut expected = ours.iter().zip(bodies);
+        for slice in slices.iter().take((4 << 20) / size.bytes() as usize + 1) {
+            let mut rest = slice.slice(..slice.len().min(4 << 20));
+            let whole = rest.len() == slice.len();
+            while !rest.is_empty() {
+                let most = [3, 200, 9000, 140_000][next(&mut seed, 4)];
+                decoder.push(rest.split_to(rest.len().min(1 + next(&mut seed, most))));
+                while let Some(record) = decoder.next().unwrap_or_else(|damage| panic!("seed {which}: {damage}")) {
+                    let (line, body) = expected.next().expect("as many records as before");
+                    let seen = (record.start, record.xid, record.total_len(), crc32c::crc32c(record.body()));
+                    assert_eq!(seen, (line.start, line.xid, line.len, *body), "seed {which}");
+                }
+            }
+            if !whole {
+                break;
+            }
+        }
+    }
+}
+
+/// One changed byte in a record: an alarm that begins with that record, and what follows is sound again.
+fn any_damage(start: Lsn, size: SegmentSize, slices: &[Bytes], ours: &[Line]) {
+    let first = &slices[0][..slices[0].len().min(1 << 20)];
+    let on_one_page = |line: &&Line| {
+        let in_page = line.start.get() % PAGE_SIZE;
+        let end = line.start.advance(line.len as u64);
+        in_page + line.len as u64 <= PAGE_SIZE && end.get() + 8 * PAGE_SIZE < start.get() + first.len() as u64
+    };
+    let lines: Vec<&Line> = ours.iter().filter(on_one_page).collect();
+    let mut seed = 7;
+    for _ in 0..20 {
+        let line = lines[next(&mut seed, lines.len())];
+        let mut bytes = first.to_vec();
+        let at = match next(&mut seed, line.len) {
+            18 | 19 => 0, // padding of the header
+            at => at,
+        };
+        bytes[line.start.bytes_since(start).expect("behind the start") as usize + at] ^= 0x21;
+        let mut audit = WalAudit::new(start, size, None, TimelineId::FIRST).expect("a segment's start");
+        audit.push(&bytes);
+        let found = audit.take().unwrap_or_else(|| panic!("byte {at} of {line:?} went unnoticed"));
+        assert_eq!(found.from, line.start, "byte {at} of {line:?}: {found:?}");
+        assert_eq!(audit.is_lost(), None, "byte {at} of {line:?}: {found:?}");
+    }
 }
 
 /// Reading may begin at any page, and the end of WAL cut off anywhere is the last whole record.
 fn any_start_and_any_end(start: Lsn, size: SegmentSize, slices: &[Bytes], ours: &[Line]) {
     let all = slices.concat();
-    for page in (0..all.len() as u64 / PAGE_SIZE).step_by(37) {
+    let pages = all.len() as u64 / PAGE_SIZE;
+    for page in (0..pages).step_by((pages as usize / 150).max(37)) {
         let offset = (page * PAGE_SIZE) as usize;
         let mut decoder = Decoder::new(start.advance(page * PAGE_SIZE), size);
         decoder.push(Bytes::copy_from_slice(&all[offset..(offset + 20 * PAGE_SIZE as usize).min(all.len())]));
@@ -436,8 +563,9 @@ fn any_start_and_any_end(start: Lsn, size: SegmentSize, slices: &[Bytes], ours: 
         let expected = ours.iter().map(|line| line.start).find(|lsn| *lsn >= at);
         assert!(found.is_none() || found == expected, "from {at}: {found:?}, {expected:?}");
     }
-    for (index, slice) in slices.iter().enumerate().skip(1) {
-        for len in [100, 50_001, 777_777, slice.len() - 1] {
+    let some = (slices.len() / 8).max(1);
+    for (index, slice) in slices.iter().enumerate().skip(1).step_by(some) {
+        for len in [100, 50_001, 777_777, slice.len().min(16 << 20) - 1] {
             let segment_start = start.advance(index as u64 * size.bytes());
             let valid = segment_start.advance(len as u64);
             let end = wal_end(segment_start, size, [&slice[..len]]).unwrap_or_else(|damage| panic!("{damage}"));
@@ -453,31 +581,56 @@ fn any_start_and_any_end(start: Lsn, size: SegmentSize, slices: &[Bytes], ours: 
 #[test]
 fn pitfall_30_we_read_what_pg_waldump_reads() {
     for_each_major(|installation| {
-        for (mib, wal_level) in [(1, "logical"), (16, "replica")] {
-            let conf = format!(
-                "wal_level = {wal_level}\nwal_keep_size = 4GB\nwal_recycle = off\nmax_prepared_transactions = 10\n\
-                 track_commit_timestamp = on\nautovacuum_naptime = 1s\nmax_wal_size = 1GB\n"
-            );
-            let mut pg = TestPg::start_segmented(installation, mib, &conf);
-            workload(&mut pg, mib);
-            let seen = compare(&pg, SegmentSize::new(mib << 20).expect("a segment size"));
-            println!("{} with {mib} MiB: {} records, {:?}", installation.version, seen.records, seen.facts);
-            for kind in [
-                "COMMIT",
-                "ABORT",
-                "COMMIT PREPARED",
-                "ROLLBACK PREPARED",
-                "RESTORE_POINT",
-                "PARAMETER_CHANGE",
-                "CHECKPOINT_ONLINE",
-                "CHECKPOINT_SHUTDOWN",
-                "END_OF_RECOVERY",
-                "BACKUP_END",
-                "SWITCH",
-                "OVERWRITE_CONTRECORD",
-            ] {
-                assert!(seen.facts.contains_key(kind), "the workload wrote no {kind}");
-            }
+        // Every size and level with some major: what is read differently by size is not by major.
+        let mib = [16, 1, 64][installation.major as usize % 3];
+        let wal_level = ["logical", "replica"][installation.major as usize / 2 % 2];
+        let conf = format!(
+            "wal_level = {wal_level}\nwal_keep_size = 4GB\nwal_recycle = off\nmax_prepared_transactions = 10\n\
+             track_commit_timestamp = on\nautovacuum_naptime = 1s\nmax_wal_size = 1GB\n"
+        );
+        let mut pg = TestPg::start_segmented(installation, mib, &conf);
+        workload(&mut pg, mib);
+        let seen = compare(&pg, SegmentSize::new(mib << 20).expect("a segment size"));
+        println!("{} with {mib} MiB, {wal_level}: {} records", installation.version, seen.records);
+        println!("  {:?}\n  {:?}", seen.facts, seen.managers);
+        for manager in [
+            "XLOG",
+            "Transaction",
+            "Storage",
+            "Database",
+            "Tablespace",
+            "MultiXact",
+            "RelMap",
+            "Standby",
+            "Heap2",
+            "Heap",
+            "Btree",
+            "Hash",
+            "Gin",
+            "Gist",
+            "Sequence",
+            "SPGist",
+            "BRIN",
+            "ReplicationOrigin",
+            "LogicalMessage",
+        ] {
+            assert!(seen.managers.contains_key(manager), "the workload wrote nothing of {manager}");
+        }
+        for kind in [
+            "COMMIT",
+            "ABORT",
+            "COMMIT PREPARED",
+            "ROLLBACK PREPARED",
+            "RESTORE_POINT",
+            "PARAMETER_CHANGE",
+            "CHECKPOINT_ONLINE",
+            "CHECKPOINT_SHUTDOWN",
+            "END_OF_RECOVERY",
+            "BACKUP_END",
+            "SWITCH",
+            "OVERWRITE_CONTRECORD",
+        ] {
+            assert!(seen.facts.contains_key(kind), "the workload wrote no {kind}");
         }
     });
 }

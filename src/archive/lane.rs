@@ -45,6 +45,8 @@ pub(super) struct Side {
     /// Why it takes no part, and when it is tried again; `None` while somebody fills it.
     pub reason: Option<Arc<str>>,
     pub retry_at: Option<Instant>,
+    /// Tasks that put notes of damage.
+    pub notes_under_way: usize,
     pause: Duration,
     live_since: Option<Instant>,
 }
@@ -56,6 +58,8 @@ pub(super) enum Done {
     Part(Result<(Lsn, Lsn), ArchiveError>),
     /// Bytes of the open segment were made durable.
     Open(Result<(Option<Box<OpenTail>>, Lsn, Lsn), ArchiveError>),
+    /// Notes of damage were put.
+    Noted(Result<(), ArchiveError>),
     /// The repository has been filled, or cannot be.
     Filled(Result<Box<Filled>, ArchiveError>),
 }
@@ -71,6 +75,7 @@ impl Side {
             run: 0,
             reason: None,
             retry_at: Some(now),
+            notes_under_way: 0,
             pause: PAUSE.0,
             live_since: None,
         }
@@ -79,7 +84,7 @@ impl Side {
     /// It takes part from now on.
     pub fn join(&mut self, live: Live, now: Instant) {
         (self.live, self.live_since) = (Some(live), Some(now));
-        (self.reason, self.retry_at) = (None, None);
+        (self.reason, self.retry_at, self.notes_under_way) = (None, None, 0);
     }
 
     /// It takes part no more: what it had under way is dropped, and it is opened anew after a pause.
@@ -92,7 +97,7 @@ impl Side {
             self.member.refuse(Some(reason.to_string()));
         }
         self.run += 1; // letters that are still on their way are an earlier run's
-        (self.live, self.tasks) = (None, JoinSet::new());
+        (self.live, self.tasks, self.notes_under_way) = (None, JoinSet::new(), 0);
         self.reason = Some(Arc::from(reason.to_string()));
         let pause = if reason.refuses_repository() { REFUSED_PAUSE } else { self.pause };
         self.retry_at = Some(now + pause);

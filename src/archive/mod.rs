@@ -4,6 +4,7 @@
 //! [`cluster`] keeps at it.
 //! [`push`] is the other way in: one file at a time, as `archive_command` offers it.
 
+mod alarm;
 mod attempt;
 pub mod cluster;
 pub mod cutter;
@@ -30,4 +31,4 @@ pub use cluster::archive;
 pub use error::ArchiveError;
 pub use receivers::{Member, OpenError, Opener, Receivers};
 pub use source::{Connected, SlotRow, Source};
-pub use status::{ClusterStatus, Doing, Progress, RepositoryProgress};
+pub use status::{ClusterStatus, DamageSeen, Doing, Progress, RepositoryProgress};

@@ -3,6 +3,7 @@
 //! What always holds: success means that the file's WAL is durable in the repository, byte for byte. A file that is not
 //! what its name says (another cluster's, another position's, a segment that is still being written) is not taken;
 //! where other content is archived under its name, both are kept and nobody is overwritten (P6).
+//! What is damaged behind the first page is the only copy of what the server wrote: it is taken, and noted as damaged first.
 //! Memory: one part of a segment, at most [`MAX_PART`], twice: as it is and sealed. A segment of which pieces lie under
 //! `open/` is read from there to be compared, whole.
 //! Crash and cancellation: an object is there whole or not at all; PostgreSQL offers the file again, and the push finds
@@ -15,6 +16,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::alarm::{NOTES, put_note};
 use super::part::MAX_PART;
 use crate::catalog::layout::{KeptFile, SegmentName, folder};
 use crate::catalog::records::WalRangeNote;
@@ -25,7 +27,7 @@ use crate::types::{
     Branch, ClusterId, ClusterName, Digest, Lsn, ParseError, SegmentHasher, SegmentNumber, SegmentSize, SystemId,
     TimelineHistory, TimelineId, WalFileName,
 };
-use crate::wal::{Decoder, PageWatch, WalDamage};
+use crate::wal::{PAGE_SIZE, PageWatch, Unsound, WalAudit, WalDamage};
 
 /// Files are read in pieces of this size: the size of a sealed frame.
 const PIECE: usize = 1 << 20;
@@ -281,15 +283,19 @@ impl Push<'_> {
         if let Some(ends_at) = seen.ends_at {
             return self.not_complete(&cluster, branch, &seen, ends_at).await;
         }
-        if let Some(damage) = &seen.damage {
-            // These bytes are what the server wrote, and the only copy: they are kept, and somebody has to know.
-            tracing::error!(
-                file = %self.path.display(), %damage,
-                "this segment cannot be replayed beyond the damage; it is archived as it is: take a base backup"
-            );
-        }
         self.history_of(&cluster, branch).await?;
         self.compare_with_streamed(&cluster, branch, &seen).await?;
+        for Unsound { from, to, damage, goes_on } in seen.unsound.iter().take(NOTES) {
+            // These bytes are what the server wrote, and the only copy: they are kept, and somebody has to know.
+            if !goes_on {
+                tracing::error!(
+                    file = %self.path.display(),
+                    "DAMAGED WAL: {damage}. The segment is archived as it is; nothing can be restored across {from} from a \
+                     base backup before it. Take a base backup now, and look after the server's disk and memory"
+                );
+            }
+            put_note(self.repository, &cluster, branch, (*from, *to)).await?;
+        }
         let mut new = false;
         let mut hasher = SegmentHasher::new();
         for (index, known) in seen.digests.iter().enumerate() {
@@ -543,8 +549,8 @@ struct Inspected {
     pieces: Vec<Bytes>,
     /// Its WAL ends here and zeros follow without a switch: it is not complete.
     ends_at: Option<Lsn>,
-    /// A record in it that is broken.
-    damage: Option<WalDamage>,
+    /// What cannot be replayed.
+    unsound: Vec<Unsound>,
 }
 
 /// Goes through a segment's file once. `control`: what the server's control file says.
@@ -555,17 +561,20 @@ fn inspect(path: &Path, name: &str, control: Option<(SystemId, SegmentSize)>) ->
     let misnamed = |source| PushError::NotItsName { path: path.to_owned(), source };
     let start = segment.start(size);
     let mut watch = PageWatch::new(start, size, control.map(|(system, _)| system), timeline).map_err(misnamed)?;
-    let mut records = Decoder::new(start, size).only(|_, _| false);
-    let (mut damage, mut hasher) = (None, SegmentHasher::new());
-    let (mut digests, mut pieces) = (Vec::new(), Vec::new());
+    let audit = WalAudit::new(start, size, control.map(|(system, _)| system), timeline).map_err(misnamed)?;
+    let (mut audit, mut hasher) = (audit.that_may_end(), SegmentHasher::new());
+    let (mut digests, mut pieces, mut zeros_from) = (Vec::new(), Vec::new(), start);
     while hasher.offset() < size.bytes() {
         let piece = read_piece(&mut file, path, size.bytes() - hasher.offset())?;
-        watch.push(&piece).map_err(misnamed)?;
-        hasher.update(&piece);
-        if damage.is_none() {
-            records.push(piece.clone());
-            damage = records.next().err();
+        if hasher.offset() == 0 {
+            // The first page says whose and where the file is.
+            watch.push(piece.get(..PAGE_SIZE as usize).unwrap_or(&piece)).map_err(misnamed)?;
         }
+        if let Some(last) = piece.iter().rposition(|byte| *byte != 0) {
+            zeros_from = start.advance(hasher.offset() + last as u64 + 1);
+        }
+        hasher.update(&piece);
+        audit.push(&piece);
         if size.bytes() <= MAX_PART {
             pieces.push(piece);
         }
@@ -573,10 +582,13 @@ fn inspect(path: &Path, name: &str, control: Option<(SystemId, SegmentSize)>) ->
             digests.push(hasher.digest());
         }
     }
-    // Where a record is broken, nothing tells a switch: then zeros at the end are not trusted.
-    let ends_at = if damage.is_none() { records.ended_at() } else { watch.zeros_from() };
+    // While no whole record has followed damage, nothing tells a switch: then pages of zeros at the end are not trusted.
+    let zeros_from = Lsn::new(zeros_from.get().next_multiple_of(PAGE_SIZE));
+    let zeros = Some(zeros_from).filter(|from| *from < segment.end(size));
+    let ends_at = if audit.is_lost().is_some() { zeros } else { audit.ended_at() };
+    let unsound = std::iter::from_fn(|| audit.take()).collect();
     let system = watch.system().ok_or_else(|| misnamed(WalDamage::NotAPageStart { at: start }))?;
-    Ok(Inspected { size, system, timeline, segment, digests, pieces, ends_at, damage })
+    Ok(Inspected { size, system, timeline, segment, digests, pieces, ends_at, unsound })
 }
 
 /// A `.partial` file whole, and whose it is. Behind its end lies whatever the server had there before: only the first
@@ -603,7 +615,7 @@ fn read_partial(
     while (bytes.len() as u64) < len {
         bytes.extend_from_slice(&read_piece(&mut file, path, len - bytes.len() as u64)?);
     }
-    watch.push(bytes.get(..crate::wal::PAGE_SIZE as usize).unwrap_or(&bytes)).map_err(misnamed)?;
+    watch.push(bytes.get(..PAGE_SIZE as usize).unwrap_or(&bytes)).map_err(misnamed)?;
     let system = watch.system().ok_or_else(|| misnamed(WalDamage::NotAPageStart { at: start }))?;
     Ok((bytes, system))
 }

@@ -19,8 +19,23 @@ pub struct Progress {
     pub server_end: Lsn,
     /// When the server said so, by its clock.
     pub server_time: PgTimestamp,
+    /// The newest damage among what has come in on this connection.
+    pub damage: Option<Arc<DamageSeen>>,
     /// Each repository, in the configuration's order.
     pub repositories: Vec<RepositoryProgress>,
+}
+
+/// WAL that came damaged from the server, and was archived as it came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DamageSeen {
+    /// The timeline that was streamed.
+    pub timeline: TimelineId,
+    /// Where recovery would stop.
+    pub at: Lsn,
+    /// What is wrong, as a sentence.
+    pub what: String,
+    /// How many such stretches have come in on this connection, this one included.
+    pub count: u64,
 }
 
 /// How one repository stands.

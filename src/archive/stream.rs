@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::ArchiveError;
+use super::alarm::{Alarms, Note, put_notes};
 use super::cutter::CutterOptions;
 use super::fill::{Path, Position, Step};
 use super::filler::{Filled, Filler, Horizon, Letter, News, Pace};
@@ -123,6 +124,7 @@ pub(super) struct Stream {
     /// It was said that too few repositories take part.
     told_too_few: bool,
     arrivals: Arrivals,
+    alarms: Alarms,
     status: watch::Sender<ClusterStatus>,
     server_end: Lsn,
     server_time: PgTimestamp,
@@ -184,6 +186,7 @@ impl Stream {
             stalled_since: None,
             told_too_few: false,
             arrivals: Arrivals::default(),
+            alarms: Alarms::default(),
             server_end: begin.at,
             server_time: PgTimestamp::new(0),
             last_status: None,
@@ -281,7 +284,8 @@ impl Stream {
     }
 
     fn is_drained(&self) -> bool {
-        self.sides.iter().filter_map(|side| side.live.as_ref()).all(Live::is_drained)
+        let drained = |side: &Side| side.notes_under_way == 0 && side.live.as_ref().is_none_or(Live::is_drained);
+        self.sides.iter().all(drained)
     }
 
     // ---- what comes in
@@ -299,6 +303,7 @@ impl Stream {
                 while !rest.is_empty() {
                     let (now_bytes, later) = rest.split_at(self.receiver.accept(rest)?);
                     self.accepted(now_bytes, now)?;
+                    self.sound_alarms();
                     rest = later;
                 }
                 Ok(None)
@@ -358,6 +363,41 @@ impl Stream {
         self.lanes.compared(lane);
         self.sides.iter().skip(lane).take(1).for_each(|side| side.member.refuse(None));
         self.look_ahead();
+        let filled = self.sides.get(lane).is_some_and(|side| side.run > 0);
+        let (sources, notes) = (if filled { self.sources() } else { Vec::new() }, self.alarms.notes());
+        if filled || !notes.is_empty() {
+            self.put_notes(lane, notes, sources);
+        }
+    }
+
+    /// What came damaged is told, and noted in the repositories.
+    fn sound_alarms(&mut self) {
+        while let Some(unsound) = self.receiver.unsound() {
+            let note = self.alarms.sound(&self.served.id, self.begin.timeline, unsound);
+            let Some(note) = note else { continue };
+            for lane in 0..self.sides.len() {
+                let live = self.sides.get(lane).and_then(|side| side.live.as_ref());
+                if live.is_some_and(Live::is_compared) {
+                    self.put_notes(lane, vec![note], Vec::new());
+                }
+            }
+        }
+    }
+
+    fn put_notes(&mut self, lane: usize, notes: Vec<Note>, sources: Vec<Repository>) {
+        let id = self.served.id.clone();
+        let path = self.served.state.history.path().into_iter();
+        let branches = path.map(|(timeline, ..)| Branch::first(timeline)).collect();
+        let Some(side) = self.sides.get_mut(lane) else { return };
+        let Some(repository) = side.live.as_ref().map(|live| live.repository().clone()) else { return };
+        side.notes_under_way += 1;
+        side.tasks.spawn(async move { Done::Noted(put_notes(repository, id, notes, sources, branches).await) });
+    }
+
+    /// The repositories that hold everything before what is in memory.
+    fn sources(&self) -> Vec<Repository> {
+        let live = self.sides.iter().filter_map(|side| side.live.as_ref()).filter(|live| live.is_compared());
+        live.map(|live| live.repository().clone()).collect()
     }
 
     /// The part that has just filled up goes to every live repository, and the next one begins.
@@ -395,8 +435,7 @@ impl Stream {
     /// Tells the fillers where they can join, and from where to copy.
     fn look_ahead(&self) {
         let kept_from = self.lanes.kept_from(self.part.from);
-        let sources = self.sides.iter().filter_map(|side| side.live.as_ref()).filter(|live| live.is_compared());
-        let sources: Vec<Repository> = sources.map(|live| live.repository().clone()).collect();
+        let sources = self.sources();
         let end = self.server_end.max(self.receiver.position());
         let missing = (0..self.sides.len()).filter(|lane| self.lanes.may_hold_more(*lane)).count();
         self.horizon.send_if_modified(|horizon| {
@@ -475,10 +514,12 @@ impl Stream {
                 live.range_done(tail, self.part.segment);
                 self.lanes.confirmed(lane, from, to);
             }
+            (Done::Noted(Ok(())), _) => side.notes_under_way = side.notes_under_way.saturating_sub(1),
             (Done::Filled(Ok(filled)), None) => self.join_or_go_on(lane, *filled, now)?,
-            (Done::Part(Err(error)) | Done::Open(Err(error)) | Done::Filled(Err(error)), _) => {
-                self.lose(lane, error, now)?;
-            }
+            (
+                Done::Part(Err(error)) | Done::Open(Err(error)) | Done::Noted(Err(error)) | Done::Filled(Err(error)),
+                _,
+            ) => self.lose(lane, error, now)?,
             // Nobody fills what takes part, and nothing is put into what does not.
             (Done::Part(Ok(_)) | Done::Open(Ok(_)), None) | (Done::Filled(Ok(_)), Some(_)) => {}
         }
@@ -716,6 +757,7 @@ impl Stream {
             durable: self.durable(),
             server_end: self.server_end.max(received),
             server_time: self.server_time,
+            damage: self.alarms.seen(),
             repositories: repositories.collect(),
         };
         self.status.send_if_modified(|status| {

@@ -130,9 +130,13 @@ pub struct Hole {
 
 impl fmt::Display for Hole {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.reason == Some(GapReason::Damaged) {
+            let Hole { branch, from, to, .. } = self;
+            return write!(f, "the WAL of branch {branch} from {from} to {to} is damaged, as it came from the server");
+        }
         write!(f, "the WAL of branch {} from {} to {} is not in the repository", self.branch, self.from, self.to)?;
         match self.reason {
-            None => Ok(()),
+            None | Some(GapReason::Damaged) => Ok(()),
             Some(GapReason::SlotLost) => f.write_str(" (the replication slot was lost)"),
             Some(GapReason::Recycled) => f.write_str(" (the server had recycled it)"),
             Some(GapReason::Failover) => f.write_str(" (it was written before a failover and never streamed)"),
@@ -191,10 +195,12 @@ pub fn frontier(branch: Branch, runs: &[Run], gaps: &[GapRecord]) -> Option<Lsn>
     Some(end)
 }
 
-/// Where an archiver goes on after `frontier`: there, or after a gap that was recorded there and not yet filled.
+/// Where an archiver goes on after `frontier`: there, or after a gap that was recorded there and not yet filled. What is
+/// damaged is archived, so nobody steps over it.
 pub fn after_gaps(branch: Branch, mut frontier: Lsn, gaps: &[GapRecord]) -> Lsn {
     let beyond = |at: Lsn| {
-        gaps.iter().filter(|gap| gap.branch == branch && gap.from <= at && at < gap.to).map(|gap| gap.to).max()
+        let here = |gap: &&GapRecord| gap.branch == branch && gap.from <= at && at < gap.to;
+        gaps.iter().filter(here).filter(|gap| gap.reason != GapReason::Damaged).map(|gap| gap.to).max()
     };
     while let Some(next) = beyond(frontier) {
         frontier = next; // grows, so this ends

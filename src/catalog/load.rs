@@ -431,6 +431,22 @@ impl Repository {
     /// # Errors
     /// What the store says.
     pub async fn gaps_of(&self, cluster: &ClusterId, branch: Branch) -> Result<Vec<GapRecord>, CatalogError> {
+        let mut recorded = self.recorded_of(cluster, branch).await?;
+        recorded.retain(|gap| gap.reason != GapReason::Damaged);
+        Ok(recorded)
+    }
+
+    /// What is noted of a branch's WAL that came damaged, and is there.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn damage_of(&self, cluster: &ClusterId, branch: Branch) -> Result<Vec<GapRecord>, CatalogError> {
+        let mut recorded = self.recorded_of(cluster, branch).await?;
+        recorded.retain(|gap| gap.reason == GapReason::Damaged);
+        Ok(recorded)
+    }
+
+    async fn recorded_of(&self, cluster: &ClusterId, branch: Branch) -> Result<Vec<GapRecord>, CatalogError> {
         let objects = list_all(self.store().as_ref(), &folder::gaps_of(cluster, branch)).await;
         let objects = objects.map_err(|source| self.in_store(source))?;
         let mut gaps = Vec::new();

@@ -157,6 +157,8 @@ pub enum GapReason {
     MissingHistory,
     /// The server's bytes differ from what is archived from here on.
     Differs,
+    /// Nothing is missing: the server's WAL came damaged and is archived as it came. Recovery stops at its beginning.
+    Damaged,
     /// A newer version's reason.
     #[serde(other)]
     Other,

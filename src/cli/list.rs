@@ -487,7 +487,11 @@ fn show(context: &Context, cluster: &Cluster) {
     for gap in &cluster.gaps {
         let (branch, from, to) = (gap.branch, gap.from, gap.to);
         let noticed = output::time(gap.noticed_at);
-        output.line(format!("  GAP on branch {branch} from {from} to {to}, noticed {noticed}: {}", reason(gap.reason)));
+        let what = if gap.reason == GapReason::Damaged { "DAMAGED WAL" } else { "GAP" };
+        output.line(format!(
+            "  {what} on branch {branch} from {from} to {to}, noticed {noticed}: {}",
+            reason(gap.reason)
+        ));
     }
     for damaged in &cluster.damaged {
         output.line(format!("  DAMAGED {}: {}", damaged.name, damaged.reason));
@@ -504,6 +508,7 @@ fn reason(reason: GapReason) -> &'static str {
         GapReason::Recycled => "the server had removed that WAL",
         GapReason::Failover => "it was written before a failover and never streamed",
         GapReason::MissingHistory => "the timeline's history file is missing",
+        GapReason::Damaged => "the WAL came damaged from the server",
         GapReason::Differs => "the server's WAL was not the archived one",
         GapReason::Other => "a newer pgkeep knows why",
     }

@@ -204,11 +204,11 @@ fn reach(inventory: &ClusterInventory, path: Path, from: Lsn, size: SegmentSize)
         let at = torn.from.segment_start(size).max(from);
         (held_to, limit) = (at, missing(at, torn.from, None));
     }
-    // Bytes that differ from the server's lead nowhere, even where something was stored behind them. Other gaps end a chain
-    // by the bytes that are missing, and no longer do once those were brought in.
-    let differs =
-        inventory.gaps.iter().filter(|gap| gap.reason == GapReason::Differs && path.branch_at(gap.from) == gap.branch);
-    if let Some(gap) = differs.filter(|gap| from <= gap.from && gap.from < held_to).min_by_key(|gap| gap.from) {
+    // Bytes that differ from the server's lead nowhere, even where something was stored behind them, nor do damaged ones.
+    // Other gaps end a chain by the bytes that are missing, and no longer do once those were brought in.
+    let ends = |reason| matches!(reason, GapReason::Differs | GapReason::Damaged);
+    let ending = inventory.gaps.iter().filter(|gap| ends(gap.reason) && path.branch_at(gap.from) == gap.branch);
+    if let Some(gap) = ending.filter(|gap| from <= gap.from && gap.from < held_to).min_by_key(|gap| gap.from) {
         (held_to, limit) = (gap.from, missing(gap.from, gap.to, Some(gap.reason)));
     }
     wal = cut(wal, held_to);

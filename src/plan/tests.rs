@@ -341,6 +341,11 @@ fn p2_planned_is_restorable_never_across_a_gap() {
     });
     assert_eq!(simply(&inventory, &records, Point::Latest, false).unwrap_err().kind, NoKind::MissingWal);
     assert_eq!(stop(&simply(&inventory, &records, at(125), false).unwrap()), (0x2C0, false));
+    // So does what came damaged; what lies before it is there.
+    inventory.gaps.iter_mut().for_each(|gap| gap.reason = GapReason::Damaged);
+    let error = simply(&inventory, &records, Point::Latest, false).unwrap_err();
+    assert_eq!(error.kind, NoKind::MissingWal);
+    assert_eq!(stop(&simply(&inventory, &records, at(125), false).unwrap()), (0x2C0, false));
 }
 
 #[test]

@@ -121,10 +121,7 @@ impl Decoder {
     /// a hole in an archive is damage and no end. (A server's own open segment may hold anything behind its end: recycled
     /// pages, or in a timeline's first segment copies of the fork's page. Push no more than its valid bytes.)
     pub fn ended_at(&self) -> Option<Lsn> {
-        match self.walker.phase {
-            Phase::Ended { at } => Some(at),
-            _ => None,
-        }
+        self.walker.ended_at()
     }
 
     /// The version that wrote this WAL, once a page was seen.
@@ -215,10 +212,14 @@ impl Head {
 pub(super) struct Walker {
     pub pages: PageChecker,
     pub wanted: fn(u8, u8) -> bool,
-    at: Lsn,
+    /// Zeros where a record or page should begin are damage, and not the end of what was written.
+    pub never_ends: bool,
+    pub at: Lsn,
     phase: Phase,
     page_header: [u8; LONG_HEADER],
     partial: Partial,
+    /// Start of the first whole record that began here.
+    pub first_start: Option<Lsn>,
     pub last_start: Option<Lsn>,
     pub last_end: Lsn,
     /// The next record must say that it replaces an unfinished one: at this position, if we saw it begin.
@@ -230,10 +231,12 @@ impl Walker {
         Walker {
             pages: PageChecker::new(size, None, None),
             wanted: |_, _| true,
+            never_ends: false,
             at,
             phase: Phase::Start,
             page_header: [0; LONG_HEADER],
             partial: Partial::default(),
+            first_start: None,
             last_start: None,
             last_end: at,
             overwrites: None,
@@ -242,6 +245,37 @@ impl Walker {
 
     pub fn inside_record(&self) -> bool {
         matches!(self.phase, Phase::InRecord | Phase::Continuation { .. })
+    }
+
+    /// Where what is broken begins, after a step that failed with `damage`: from there on nothing can be replayed.
+    pub fn broken_from(&self, damage: &WalDamage, began: Lsn) -> Lsn {
+        match self.phase {
+            Phase::InRecord => self.partial.start.min(damage.at()),
+            Phase::Continuation { .. } => began,
+            Phase::Ended { at } => at,
+            Phase::Start | Phase::Between | Phase::Skip { .. } => damage.at(),
+        }
+    }
+
+    /// After a step that failed: the beginning of the page's header that was taken before, if it was the header that failed.
+    /// `None` where it was something on the page behind its header.
+    pub fn failed_header(&self) -> Option<&[u8]> {
+        let in_page = (self.at.get() % PAGE_SIZE) as usize;
+        let page = Lsn::new(self.at.get() - in_page as u64);
+        match self.phase {
+            _ if in_page == 0 => Some(&[]),
+            Phase::Ended { .. } | Phase::Skip { .. } => None,
+            _ if in_page < header_len(page, self.pages.size) => self.page_header.get(..in_page),
+            _ => None,
+        }
+    }
+
+    /// Where zeros begin that end the WAL.
+    pub fn ended_at(&self) -> Option<Lsn> {
+        match self.phase {
+            Phase::Ended { at } => Some(at),
+            _ => None,
+        }
     }
 
     /// The record behind `found`; `slice` is the one that the step was given.
@@ -258,9 +292,11 @@ impl Walker {
     pub fn step(&mut self, slice: &[u8], used: &mut usize) -> Result<Option<Found>, WalDamage> {
         while let Some(rest) = slice.get(*used..).filter(|rest| !rest.is_empty()) {
             match self.phase {
+                Phase::Ended { at } if self.never_ends => return Err(WalDamage::Zeros { at }),
                 Phase::Ended { at } => {
                     if let Some(offset) = rest.iter().position(|byte| *byte != 0) {
-                        return Err(WalDamage::DataAfterZeros { zeros_at: at, at: self.at.advance(offset as u64) });
+                        self.advance(offset, used);
+                        return Err(WalDamage::DataAfterZeros { zeros_at: at, at: self.at });
                     }
                     self.advance(rest.len(), used);
                     continue;
@@ -325,7 +361,8 @@ impl Walker {
             if header.iter().all(|byte| *byte == 0) {
                 // Zeros on the very first page may be what follows a switch, unless a segment begins with them.
                 let segment_end = page.segment(self.pages.size).end(self.pages.size);
-                self.phase = if self.phase == Phase::Start && page.segment_offset(self.pages.size) != 0 {
+                let may_follow_a_switch = page.segment_offset(self.pages.size) != 0 && !self.never_ends;
+                self.phase = if self.phase == Phase::Start && may_follow_a_switch {
                     Phase::Skip { until: segment_end }
                 } else {
                     Phase::Ended { at: page }
@@ -514,6 +551,7 @@ impl Walker {
         if head.is_xlog(SWITCH) && end.segment_offset(self.pages.size) != 0 {
             end = end.segment(self.pages.size).end(self.pages.size);
         }
+        self.first_start.get_or_insert(head.start);
         (self.last_start, self.last_end) = (Some(head.start), end);
         self.phase = if self.at < end { Phase::Skip { until: end } } else { Phase::Between };
         Ok((self.wanted)(head.rmgr, head.info).then_some(Found { head, end, body }))

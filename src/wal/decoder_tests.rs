@@ -9,9 +9,9 @@ use super::builder::{Built, SYSTEM, WalBuilder, main_fragment, record_bytes};
 use super::*;
 use crate::types::{Lsn, SegmentSize, SystemId, TimelineId};
 
-const MIB: u64 = 1 << 20;
+pub(super) const MIB: u64 = 1 << 20;
 
-fn mib() -> SegmentSize {
+pub(super) fn mib() -> SegmentSize {
     SegmentSize::new(MIB).unwrap()
 }
 
@@ -40,7 +40,7 @@ fn decode_whole(wal: &WalBuilder) -> (Vec<Built>, Decoder, Option<WalDamage>) {
     decode(Decoder::new(wal.start, wal.size), [Bytes::copy_from_slice(&wal.bytes)])
 }
 
-fn cut(bytes: &[u8], cuts: &[Index]) -> Vec<Bytes> {
+pub(super) fn cut(bytes: &[u8], cuts: &[Index]) -> Vec<Bytes> {
     let mut at: Vec<usize> = cuts.iter().map(|cut| cut.index(bytes.len() + 1)).collect();
     at.extend([0, bytes.len()]);
     at.sort_unstable();
@@ -49,7 +49,7 @@ fn cut(bytes: &[u8], cuts: &[Index]) -> Vec<Bytes> {
 
 /// What to put into the WAL.
 #[derive(Debug, Clone)]
-enum Step {
+pub(super) enum Step {
     Record { rmgr: u8, info: u8, xid: u32, len: usize, fill: u8 },
     Switch,
     Overwritten { pages: usize },
@@ -63,7 +63,7 @@ fn a_step() -> impl Strategy<Value = Step> {
 }
 
 /// Begins a few pages before a segment's end, so that borders are met.
-fn build(major: u32, pages_before_border: u64, steps: &[Step]) -> WalBuilder {
+pub(super) fn build(major: u32, pages_before_border: u64, steps: &[Step]) -> WalBuilder {
     let mut wal = WalBuilder::new(major, mib(), Lsn::new(9 * MIB - pages_before_border * PAGE_SIZE));
     for step in steps {
         match *step {
@@ -80,7 +80,7 @@ fn build(major: u32, pages_before_border: u64, steps: &[Step]) -> WalBuilder {
     wal
 }
 
-fn some_wal() -> impl Strategy<Value = WalBuilder> {
+pub(super) fn some_wal() -> impl Strategy<Value = WalBuilder> {
     (13u32..=18, 1u64..5, vec(a_step(), 1..40)).prop_map(|(major, pages, steps)| build(major, pages, &steps))
 }
 

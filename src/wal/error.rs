@@ -135,6 +135,12 @@ pub enum WalDamage {
         /// What is wrong.
         what: &'static str,
     },
+    /// Zeros where a record or a page should begin, in WAL that goes on.
+    #[error("WAL is zeros at {at}, where a record should begin")]
+    Zeros {
+        /// Where the zeros begin.
+        at: Lsn,
+    },
     /// Zeros where WAL should be, and then WAL again.
     #[error("WAL is zeros from {zeros_at} on, but at {at} there is data again")]
     DataAfterZeros {
@@ -163,6 +169,7 @@ impl WalDamage {
             | Self::Checksum { at }
             | Self::Overwrite { at, .. }
             | Self::Content { at, .. }
+            | Self::Zeros { at }
             | Self::DataAfterZeros { at, .. } => *at,
         }
     }
@@ -184,6 +191,7 @@ impl WalDamage {
             | Self::Checksum { .. }
             | Self::Overwrite { .. }
             | Self::Content { .. }
+            | Self::Zeros { .. }
             | Self::DataAfterZeros { .. } => false,
         }
     }

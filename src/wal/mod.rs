@@ -7,10 +7,14 @@
 //!
 //! What always holds: a [`Record`] that a [`Decoder`] hands out lies whole in the bytes it was given, its CRC-32C and its
 //! link to the record before it were checked, and the pages it lies on are where they say they are. Damage is an
-//! error ([`WalDamage`]); the end of what was written (zeros, or simply no more bytes) is not.
+//! error ([`WalDamage`]); the end of what was written (zeros, or simply no more bytes) is not. A [`WalAudit`] goes on
+//! behind damage, and tells of every stretch that cannot be replayed.
 //!
 //! Sources: `src/include/access/{xlog_internal,xlogrecord,xact}.h`, `src/backend/access/transam/xlogreader.c`.
 
+mod audit;
+#[cfg(test)]
+mod audit_tests;
 #[cfg(test)]
 mod builder;
 mod decoder;
@@ -28,6 +32,7 @@ mod transaction;
 mod transaction_tests;
 mod version;
 
+pub use audit::{Unsound, WalAudit};
 pub use decoder::Decoder;
 pub use error::WalDamage;
 pub use page::{PAGE_SIZE, PageHeader, PageWatch};

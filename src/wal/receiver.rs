@@ -1,14 +1,14 @@
 //! The state of one stream of WAL: what comes next, whether it continues what is archived, where segments end. Pure.
 //!
-//! Invariant: bytes are accepted in order, without a hole, within one segment at a time; every page header among them
-//! has been checked. An [`Overlap`] is one repository's: it is compared only when the bytes that are archived there have
+//! Invariant: bytes are accepted in order, without a hole, within one segment at a time; whether they are sound has been
+//! looked at ([`Receiver::unsound`]): what is not is accepted too, being all there is. An [`Overlap`] is one repository's: it is compared only when the bytes that are archived there have
 //! come again and were equal (P1, P6).
 
 use std::collections::{BTreeSet, VecDeque};
 
 use bytes::Bytes;
 
-use super::{Decoder, PageWatch, WalDamage};
+use super::{Decoder, Unsound, WalAudit, WalDamage};
 use crate::types::{Digest, Lsn, SegmentHasher, SegmentSize, SystemId, TimelineId};
 
 /// The digest that the bytes from the start of the segment to `at` must have.
@@ -49,7 +49,7 @@ pub enum ReceiveError {
         /// What is archived.
         archived: Lsn,
     },
-    /// A page header is not what it must be.
+    /// The first record cannot be read.
     #[error(transparent)]
     Damage(#[from] WalDamage),
 }
@@ -124,7 +124,7 @@ pub struct Receiver {
     position: Lsn,
     /// Over the bytes of the segment that holds `position - 1`, from its start to `position`.
     hasher: SegmentHasher,
-    pages: PageWatch,
+    audit: WalAudit,
     /// [`Receiver::accept`] stops here too.
     stops: BTreeSet<Lsn>,
     /// Looks for the first record.
@@ -147,7 +147,7 @@ impl Receiver {
             part: part.min(size.bytes()),
             position: at,
             hasher: SegmentHasher::new(),
-            pages: PageWatch::new(at, size, Some(system), timeline)?,
+            audit: WalAudit::new(at, size, Some(system), timeline)?,
             stops: BTreeSet::new(),
             decoder: None,
             first_record: None,
@@ -171,6 +171,11 @@ impl Receiver {
     /// Where the stream's first record begins, and the record that it names as its predecessor; once it has come.
     pub fn first_record(&self) -> Option<(Lsn, Lsn)> {
         self.first_record
+    }
+
+    /// What was found damaged among the accepted bytes and was not taken yet, in order.
+    pub fn unsound(&mut self) -> Option<Unsound> {
+        self.audit.take()
     }
 
     /// The position of the byte that comes next.
@@ -211,7 +216,7 @@ impl Receiver {
         let room = border.bytes_since(self.position).unwrap_or(0);
         let used = data.len().min(usize::try_from(room).unwrap_or(usize::MAX));
         let accepted = data.get(..used).unwrap_or(data);
-        self.pages.push(accepted)?;
+        self.audit.push(accepted);
         if let Some(decoder) = &mut self.decoder {
             decoder.push(Bytes::copy_from_slice(accepted));
             if let Some(record) = decoder.next()? {

@@ -98,6 +98,12 @@ impl Rig {
         self.write_config();
     }
 
+    /// The cluster is served by this server from now on.
+    pub fn served_by(&mut self, pg: &TestPg) {
+        self.conninfo = pg.conninfo();
+        self.write_config();
+    }
+
     /// Which repositories the cluster's WAL goes to, in this order.
     pub fn receives(&mut self, names: &[&str]) {
         self.receives = names.iter().map(|name| (*name).to_owned()).collect();

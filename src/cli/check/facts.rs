@@ -8,7 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::judge::{self, Archive, Item, Ours, Server, Slot, Sql};
 use crate::archive::Source;
-use crate::catalog::records::GapRecord;
+use crate::catalog::records::{GapReason, GapRecord};
 use crate::catalog::{CatalogError, Repository};
 use crate::cli::advice::{Tried, advise};
 use crate::cli::standing::Standing;
@@ -237,11 +237,17 @@ pub(super) async fn archive(
     let since = newest.map_or(Lsn::ZERO, |backup| backup.start);
     // One that was filled since, from another repository, is none any more.
     let is_filled = |gap: &&GapRecord| {
+        if gap.reason == GapReason::Damaged {
+            return false;
+        }
         let runs = inventory.branches.get(&gap.branch).zip(inventory.segment_size).map(|(b, size)| b.runs(size));
         runs.is_some_and(|runs| runs.iter().any(|run| run.from <= gap.from && gap.to <= run.to))
     };
     let gaps = inventory.gaps.iter().filter(|gap| gap.to > since && !is_filled(gap));
-    let gaps = gaps.map(|gap| format!("WAL of branch {} from {} to {} is missing", gap.branch, gap.from, gap.to));
+    let gaps = gaps.map(|gap| {
+        let what = if gap.reason == GapReason::Damaged { "came damaged from the server" } else { "is missing" };
+        format!("WAL of branch {} from {} to {} {what}", gap.branch, gap.from, gap.to)
+    });
     Ok(Archive {
         systems,
         segment_size: inventory.segment_size,
