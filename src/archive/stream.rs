@@ -34,7 +34,7 @@ use super::status::{Arrivals, ClusterStatus, Doing, Progress, RepositoryProgress
 use super::uploader::{RangeBytes, Uploader};
 use crate::catalog::Repository;
 use crate::pg::{PgError, Status, StreamEvent, TimelineEnd, WalStream};
-use crate::types::{Branch, Lsn, PgTimestamp, TimelineId};
+use crate::types::{Lsn, PgTimestamp, TimelineId};
 use crate::wal::receiver::{ReceiveError, Receiver};
 
 /// Bytes received and not yet durable as a whole part, at most: two parts of the largest size.
@@ -119,6 +119,7 @@ pub(super) struct Stream {
     stalled_since: Option<Instant>,
     /// It was said that too few repositories take part.
     told_too_few: bool,
+    since: Instant,
     arrivals: Arrivals,
     status: watch::Sender<ClusterStatus>,
     server_end: Lsn,
@@ -167,7 +168,7 @@ impl Stream {
         if members.iter().any(follows) {
             receiver = receiver.finding_first_record();
         }
-        let (part, path) = (Part::new(begin.at, size, receiver.hasher()), Path::new(served.state.history.path(), size));
+        let (part, path) = (Part::new(begin.at, size, receiver.hasher()), Path::of(&served.state, size));
         let (streamed, end, missing) = (begin.timeline, served.state.flushed, members.len());
         let begins = Position { on: begin.timeline, to: begin.at };
         let horizon = Horizon { streamed, begins, kept_from: begin.at, end, sources: Vec::new(), missing };
@@ -180,6 +181,7 @@ impl Stream {
             letters: mpsc::channel(LETTERS),
             stalled_since: None,
             told_too_few: false,
+            since: now,
             arrivals: Arrivals::default(),
             server_end: begin.at,
             server_time: PgTimestamp::new(0),
@@ -502,7 +504,7 @@ impl Stream {
         let Filled { prepared, position, .. } = filled;
         let durable_to = self.path.settle(position).to;
         let Served { id, size, version, .. } = self.served.as_ref();
-        let branch = Branch::first(self.begin.timeline);
+        let branch = self.served.branch(self.begin.timeline);
         let uploader = Uploader::new(
             prepared.repository,
             id.clone(),
@@ -707,7 +709,8 @@ impl Stream {
             }
         });
         let progress = Progress {
-            timeline: self.begin.timeline,
+            branch: self.served.branch(self.begin.timeline),
+            since: self.since,
             received,
             durable: self.durable(),
             server_end: self.server_end.max(received),
