@@ -11,7 +11,12 @@ use support::{TestPg, any_major, wait_until};
 
 /// Adds a row and says which transaction that was.
 fn add(pg: &TestPg, row: &str) -> String {
-    pg.sql(&format!("INSERT INTO t VALUES ('{row}') RETURNING txid_current()")).lines().next().unwrap().trim().to_owned()
+    pg.sql(&format!("INSERT INTO t VALUES ('{row}') RETURNING txid_current()"))
+        .lines()
+        .next()
+        .unwrap()
+        .trim()
+        .to_owned()
 }
 
 fn rows(pg: &TestPg) -> String {
@@ -193,7 +198,9 @@ fn p3_a_gap_is_recorded_shown_and_mended_by_a_base_backup() {
     assert_eq!(holes[0]["reason"], Value::from("slot-lost"));
     assert_eq!(pg.sql("SELECT wal_status FROM pg_replication_slots WHERE slot_name = 'pgkeep'"), "reserved");
     let check = rig.json(&["check", "--json"])["items"].clone();
-    let state = |item: &str| check.as_array().unwrap().iter().find(|line| line["item"] == item).map(|line| line["state"].clone());
+    let state = |item: &str| {
+        check.as_array().unwrap().iter().find(|line| line["item"] == item).map(|line| line["state"].clone())
+    };
     assert_eq!((state("WAL"), state("older WAL")), (Some("ok".into()), Some("warn".into())), "{check}");
     rig.stop_archiver();
 
@@ -218,7 +225,12 @@ fn a_failover_is_followed_by_a_connection_string_with_several_hosts() {
         value.unwrap_or_else(|| panic!("no {word} in {conninfo}")).trim_matches('\'').to_owned()
     };
     let both = |word| format!("{word}={},{}", part(&standby, word), part(&pg, word));
-    rig.follow(&format!("{} {} user={} target_session_attrs=read-write", both("host"), both("port"), part(&pg, "user")));
+    rig.follow(&format!(
+        "{} {} user={} target_session_attrs=read-write",
+        both("host"),
+        both("port"),
+        part(&pg, "user")
+    ));
     pg.sql("CREATE TABLE t (v text)");
     rig.start_archiver();
     rig.done(&["backup"]);

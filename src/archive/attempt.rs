@@ -53,7 +53,10 @@ type Answer<T> = Result<T, ArchiveError>;
 
 /// See the module. When one repository has answered, the others get `patience` to do so, too. `compare_all`: the last
 /// attempt found the server to be another than was taken for granted.
-#[expect(clippy::too_many_arguments, reason = "one call, of a function that would otherwise be a struct of the same fields")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one call, of a function that would otherwise be a struct of the same fields"
+)]
 pub(super) async fn attempt(
     source: &Source,
     receivers: &Receivers,
@@ -83,7 +86,10 @@ pub(super) async fn attempt(
         let root = served.state.history.path().first().map(|stretch| stretch.0);
         served.state.differs_from =
             differs.iter().filter(|(branch, _)| Some(branch.timeline) == root).map(|(_, from)| *from).min();
-        tell_begun(&served, &choice, &differs);
+        if !choice.begun.is_empty() {
+            may_begin(receivers, &loaded)?;
+            tell_begun(&served, &choice, &differs);
+        }
         served.state.lineage = choice.lineage;
     }
     let slot_was = connected.slot;
@@ -118,6 +124,16 @@ pub(super) async fn attempt(
     let served = Arc::new(served);
     let attempt = Attempt { source, receivers, served, archived, away, slot_was, options, status, stop };
     attempt.stream(prepared, connected.replication).await
+}
+
+/// A new name is given only when everybody was asked who has it already.
+fn may_begin(receivers: &Receivers, loaded: &[Answer<Archived>]) -> Result<(), ArchiveError> {
+    let away = receivers.each().iter().zip(loaded).filter_map(|(member, answer)| {
+        let error = answer.as_ref().err().filter(|error| !error.refuses_repository())?;
+        Some(format!("{}: {error}", member.name()))
+    });
+    let away: Vec<String> = away.collect();
+    if away.is_empty() { Ok(()) } else { Err(ArchiveError::NewWhileAway { away: away.join("; ") }) }
 }
 
 /// A history that nothing is archived of, under a number that others have already: somebody should know.
@@ -190,7 +206,9 @@ async fn decide(
         if state.flushed < archived && source.is_standby().await == Some(true) {
             return Err(ArchiveError::StandbyBehind { archived, replayed: state.flushed });
         }
-        if state.flushed < archived && compared {
+        // One that holds another history under this name is refused, and keeps nobody from going on.
+        let all_behind = loaded.iter().flatten().all(|known| known.decide(served, &state).is_err());
+        if state.flushed < archived && compared && all_behind {
             let (cluster, flushed) = (served.id.clone(), state.flushed);
             return Err(ArchiveError::ServerBehind { cluster, archived, flushed });
         }

@@ -128,6 +128,16 @@ pub enum ArchiveError {
         /// The server's own flush position.
         flushed: Lsn,
     },
+    /// The server's history is archived nowhere that answers, and what a new one is called has to be the same everywhere.
+    #[error(
+        "the server writes a history that no repository that answers holds, and it begins a branch only when all do: {away}. \
+         The slot keeps what comes.\n\
+         hint: if that repository is lost for good, take it out of the configuration"
+    )]
+    NewWhileAway {
+        /// Who does not answer, and why.
+        away: String,
+    },
     /// Of several hosts in the connection string another one answered.
     #[error("another server of the connection string answered in between; asking again who it is")]
     AnotherServer,
@@ -273,6 +283,7 @@ impl ArchiveError {
             | Self::NowhereHeld { .. }
             | Self::HeldElsewhere { .. }
             | Self::ServerBehind { .. }
+            | Self::NewWhileAway { .. }
             | Self::AnotherServer
             | Self::NoDigest { .. } => true,
             Self::OtherHistory { .. }

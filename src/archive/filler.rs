@@ -370,8 +370,11 @@ impl Filler {
         horizon: &Horizon,
     ) -> Result<Position, ArchiveError> {
         let Served { id, size, state, .. } = self.served.as_ref();
-        let nowhere =
-            || ArchiveError::NowhereHeld { repository: self.name(), branch: self.served.branch(from.on), from: from.to };
+        let nowhere = || ArchiveError::NowhereHeld {
+            repository: self.name(),
+            branch: self.served.branch(from.on),
+            from: from.to,
+        };
         if horizon.missing > 1 {
             return Err(nowhere());
         }

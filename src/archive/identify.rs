@@ -28,7 +28,8 @@ pub(super) struct Identity {
     pub differs: BTreeMap<Branch, Lsn>,
 }
 
-/// Compares the server with what these repositories hold. `everything`: also the only history of a number.
+/// Compares the server with what these repositories hold. `everything`: also the only history of a number, and one that
+/// cannot be compared is not the server's, because it was taken for that before and was not.
 pub(super) async fn identify(
     source: &Source,
     served: &Served,
@@ -44,13 +45,14 @@ pub(super) async fn identify(
             Next::Decided(choice) => return Ok(Identity { choice, differs }),
             Next::Compare(branch) => branch,
         };
-        let is_other =
-            |other: &Candidate| other.branch.timeline == branch.timeline && other.branch != branch;
+        let is_other = |other: &Candidate| other.branch.timeline == branch.timeline && other.branch != branch;
         let mut best = Verdict::Differs;
         if everything || candidates.iter().any(is_other) {
             for archived in archived.iter().filter(|archived| archived.knows(branch)) {
                 let (verdict, from) = compare(source, served, archived, branch).await?;
                 tracing::debug!(cluster = %served.id, %branch, repository = archived.repository.name(), ?verdict, "compared with the server");
+                // The last attempt took it for this one, and that was wrong.
+                let verdict = if everything && verdict == Verdict::Unknown { Verdict::Differs } else { verdict };
                 if verdict == Verdict::Differs {
                     differs.insert(branch, from);
                 }

@@ -160,9 +160,11 @@ impl Archived {
 
     /// Every branch that is here, or that a history file here names as an ancestor.
     pub fn named(&self) -> BTreeSet<Branch> {
-        let ancestors = self.known.values().flatten().flat_map(|known| {
-            known.history.ancestors().iter().map(|entry| known.ancestors.branch(entry.timeline))
-        });
+        let ancestors = self
+            .known
+            .values()
+            .flatten()
+            .flat_map(|known| known.history.ancestors().iter().map(|entry| known.ancestors.branch(entry.timeline)));
         self.known.keys().copied().chain(ancestors).collect()
     }
 
@@ -379,7 +381,8 @@ async fn known_histories(
 ) -> Result<BTreeMap<Branch, Option<KnownHistory>>, ArchiveError> {
     let mut known = BTreeMap::new();
     for branch in repository.all_branches(id).await? {
-        let read = if branch.timeline == TimelineId::FIRST { Ok(None) } else { repository.get_history_of(id, branch).await };
+        let read =
+            if branch.timeline == TimelineId::FIRST { Ok(None) } else { repository.get_history_of(id, branch).await };
         let read = match read {
             Err(error) if error.is_damage() => {
                 tracing::error!(cluster = %id, %branch, %error, "an archived history file does not open");

@@ -238,7 +238,8 @@ mod tests {
         let own = Held { branch: second(1), ..held(1, 6 * MIB + 5) };
         let got = resume(&rolled_back, &[held(1, 8 * MIB), own], size());
         let overlap = Some(Overlap { branch: second(1), until: Lsn::new(6 * MIB + 5) });
-        let expected = Resume::Stream { timeline: timeline(1), at: Lsn::new(6 * MIB), overlap, follows: None, dead_tail: None };
+        let expected =
+            Resume::Stream { timeline: timeline(1), at: Lsn::new(6 * MIB), overlap, follows: None, dead_tail: None };
         assert_eq!(got, expected);
         // A second timeline 2 goes on from the fork in the parent that both have.
         let mut promoted = server(2, "1\t0/500123\t", 9 * MIB);

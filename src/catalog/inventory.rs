@@ -9,7 +9,9 @@ use std::fmt;
 
 use super::layout::CopyToken;
 use super::records::{BackupInfo, GapReason, GapRecord, WalRangeNote};
-use crate::types::{BackupLabel, Branch, ClusterId, Lsn, Lineage, SegmentNumber, SegmentSize, TimelineHistory, TimelineId};
+use crate::types::{
+    BackupLabel, Branch, ClusterId, Lineage, Lsn, SegmentNumber, SegmentSize, TimelineHistory, TimelineId,
+};
 
 /// Everything that one repository holds of one cluster.
 #[derive(Debug, Clone)]
@@ -231,7 +233,9 @@ impl ClusterInventory {
         }
         let descends = |other: &&BranchInventory| other.ancestors.branch(branch.timeline) == branch;
         let histories = self.branches.values().filter(descends).filter_map(|branch| branch.history.as_ref());
-        histories.filter(|history| history.timeline() != branch.timeline).find_map(|history| history.ancestor_history(branch.timeline))
+        histories
+            .filter(|history| history.timeline() != branch.timeline)
+            .find_map(|history| history.ancestor_history(branch.timeline))
     }
 
     /// Which branches the way to `tip` uses: its ancestors, and itself.
@@ -240,7 +244,8 @@ impl ClusterInventory {
             return known.ancestors.clone().with(tip);
         }
         // A lost history file: as its descendants tell.
-        let descends = |other: &&BranchInventory| other.history.is_some() && other.ancestors.branch(tip.timeline) == tip;
+        let descends =
+            |other: &&BranchInventory| other.history.is_some() && other.ancestors.branch(tip.timeline) == tip;
         let named = self.branches.values().filter(|other| other.branch.timeline > tip.timeline).find(descends);
         named.map(|other| other.ancestors.before(tip.timeline)).unwrap_or_default().with(tip)
     }

@@ -537,7 +537,9 @@ fn show_holes(context: &Context, cluster: &Cluster) {
     output.line(format!("Cluster {} in repository {}", cluster.cluster, cluster.repository));
     match (cluster.holes.as_slice(), cluster.backups.first()) {
         (_, None) => output.line("  There is no base backup yet, so nothing is promised."),
-        ([], Some(oldest)) => output.line(format!("  No WAL is missing behind the oldest base backup, {}.", oldest.label)),
+        ([], Some(oldest)) => {
+            output.line(format!("  No WAL is missing behind the oldest base backup, {}.", oldest.label))
+        }
         (holes, Some(oldest)) => {
             output.line(format!("  Missing behind the oldest base backup, {}:", oldest.label));
             for hole in holes {

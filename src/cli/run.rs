@@ -2,6 +2,7 @@
 
 use tokio::sync::watch;
 
+use futures_util::FutureExt;
 use futures_util::future::join_all;
 
 use super::mend::Backups;
@@ -34,7 +35,15 @@ pub async fn run(context: &Context, _args: Args) -> Result<Exit, CliError> {
         jobs.push((job, status));
     }
     let mending = menders.iter().map(|(backups, status)| mend(backups, status.clone(), stop.clone()));
-    let (ended, _) = tokio::join!(daemon::run(jobs, stop.clone()), join_all(mending));
+    let mending = async {
+        join_all(mending).await;
+        std::future::pending::<()>().await;
+    };
+    let ended = tokio::select! {
+        ended = daemon::run(jobs, stop.clone()) => ended,
+        // A base backup that is under way when nobody archives any more is given up.
+        () = mending.boxed_local() => Vec::new(), // not reached
+    };
     let mut worst = None;
     for ended in ended {
         if let Err(error) = ended.result {

@@ -25,7 +25,8 @@ pub(super) async fn missing(
     }
     tokio::time::sleep(AGAIN).await;
     let inventory = repository.load(id).await?;
-    let was_there = |hole: &Hole| found.iter().any(|earlier| (earlier.branch, earlier.from) == (hole.branch, hole.from));
+    let was_there =
+        |hole: &Hole| found.iter().any(|earlier| (earlier.branch, earlier.from) == (hole.branch, hole.from));
     let mut holes = holes(&inventory);
     holes.retain(|hole| hole.reason.is_some() || was_there(hole));
     Ok((inventory, holes))

@@ -84,7 +84,7 @@ async fn look_and_take(mender: &dyn Mender, branch: Branch, stop: &CancellationT
     let why = loop {
         match mender.look(branch).await {
             Ok(Need::Nothing) => return true,
-            Ok(Need::NotYet) if Instant::now() > deadline => return true, // nothing comes in: the next stream looks again
+            Ok(Need::NotYet) if Instant::now() > deadline => return false,
             Ok(Need::NotYet) => tokio::time::sleep(SOON).await,
             Ok(Need::Gap(hole)) => break format!("{hole}, and no base backup behind it"),
             Ok(Need::Branch(branch)) => break format!("there is none of branch {branch}, which is archived now"),

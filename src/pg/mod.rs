@@ -28,6 +28,6 @@ pub use conninfo::ConnInfo;
 pub use error::{PgError, ServerError, ServerErrorKind};
 pub use query::Session;
 pub use replication::{Replication, SlotPosition, Started, StreamEvent, SystemIdentity, TimelineEnd, WalStream};
-pub(crate) use wire::{Message, quote_label};
 pub use segment_digest::segment_digest;
+pub(crate) use wire::{Message, quote_label};
 pub use wire::{Row, Status, quote_ident, quote_literal};

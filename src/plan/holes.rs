@@ -27,7 +27,8 @@ fn holes_on(inventory: &ClusterInventory, branch: Branch) -> Vec<Hole> {
     let leads = |backup: &&BackupInfo| {
         path.contains(backup.branch) && path.history.left_at(backup.timeline).is_none_or(|left| backup.stop <= left)
     };
-    let Some(begin) = inventory.backups.iter().filter(leads).map(|backup| backup.start.segment_start(size)).min() else {
+    let Some(begin) = inventory.backups.iter().filter(leads).map(|backup| backup.start.segment_start(size)).min()
+    else {
         return Vec::new();
     };
     let runs = inventory.branches.get(&branch).map(|known| known.runs(size)).unwrap_or_default();
@@ -66,9 +67,11 @@ pub fn needs_backup(inventory: &ClusterInventory, branch: Branch) -> Need {
     if inventory.backups.is_empty() {
         return Need::Nothing;
     }
-    let good = || inventory.backups.iter().filter(|backup| backup.flagged.is_none());
+    // Also flagged ones: another one would be flagged, too.
+    let good = || inventory.backups.iter();
     // A second history is not left to what it has in common with the first one.
-    let own = |backup: &BackupInfo| if branch.ordinal > 0 { backup.branch == branch } else { path.contains(backup.branch) };
+    let own =
+        |backup: &BackupInfo| if branch.ordinal > 0 { backup.branch == branch } else { path.contains(backup.branch) };
     if !good().any(own) {
         return Need::Branch(branch);
     }
@@ -79,7 +82,8 @@ pub fn needs_backup(inventory: &ClusterInventory, branch: Branch) -> Need {
         return recorded.map_or(Need::Branch(branch), Need::Gap);
     };
     let on = best.path.branch_at(best.held_to);
-    let recorded = inventory.gaps.iter().find(|gap| gap.branch == on && gap.from <= best.held_to && best.held_to < gap.to);
+    let recorded =
+        inventory.gaps.iter().find(|gap| gap.branch == on && gap.from <= best.held_to && best.held_to < gap.to);
     match (best.limit, recorded) {
         (Limit::Hole(hole), _) if hole.reason.is_some() => Need::Gap(hole),
         (_, Some(gap)) => Need::Gap(Hole { branch: on, from: best.held_to, to: gap.to, reason: Some(gap.reason) }),
@@ -138,11 +142,19 @@ mod tests {
         let branch = branch(on);
         let size = SegmentSize::new(MIB).unwrap();
         let info = backup(branch, start, stop, (1, 2));
-        BackupInfo { branch, timeline: branch.timeline, start: at(start).advance(40), stop: at(stop).advance(80), segment_size: size, ..info }
+        BackupInfo {
+            branch,
+            timeline: branch.timeline,
+            start: at(start).advance(40),
+            stop: at(stop).advance(80),
+            segment_size: size,
+            ..info
+        }
     }
 
     fn shown(inventory: &ClusterInventory) -> Vec<(String, u64, u64, bool)> {
-        let hole = |hole: &Hole| (hole.branch.to_string(), hole.from.get() / MIB, hole.to.get() / MIB, hole.reason.is_some());
+        let hole =
+            |hole: &Hole| (hole.branch.to_string(), hole.from.get() / MIB, hole.to.get() / MIB, hole.reason.is_some());
         holes(inventory).iter().map(hole).collect()
     }
 

@@ -417,7 +417,10 @@ pub(super) fn archive(archive: &Archive, server: Option<&Server>, now: Timestamp
     if !archive.older_gaps.is_empty() {
         items.push(Item::warn(
             "older WAL",
-            format!("{}: instants behind, up to the next base backup, cannot be restored", archive.older_gaps.join("; ")),
+            format!(
+                "{}: instants behind, up to the next base backup, cannot be restored",
+                archive.older_gaps.join("; ")
+            ),
             "nothing brings it back; `pgkeep list --gaps` shows it until the base backups before it are gone",
         ));
     }
