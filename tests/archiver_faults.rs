@@ -237,7 +237,7 @@ fn a_write_only_archiver_follows_a_promotion() {
     let (mut last, mut changes) = (String::new(), 0);
     while since.elapsed() < Duration::from_secs(15) {
         let now = match &*archiver.seen.borrow() {
-            ClusterStatus::Streaming(p) => format!("streaming {}", p.timeline),
+            ClusterStatus::Streaming(p) => format!("streaming {}", p.branch),
             other => format!("{other:?}"),
         };
         if now != last {

@@ -88,7 +88,7 @@ fn p3_damaged_wal_is_archived_told_and_not_planned_across() {
         }
     }
     rig.done(&["list"]).says("DAMAGED WAL on branch 00000001");
-    rig.run(&["check"]).exits(1).says("came damaged from the server");
+    rig.run(&["check"]).exits(1).says("is damaged, as it came from the server");
     rig.done(&["plan", "--to", &format!("xid:{before}")]);
     rig.run(&["plan", "--to", &format!("xid:{after}")]).exits(1).says("is damaged, as it came from the server");
     rig.run(&["restore", "--to", &format!("xid:{after}"), "--pgdata", "no"]).exits(1);

@@ -273,6 +273,49 @@ fn another_history_is_refused(rows: u32) {
     strict.kill(archiver);
 }
 
+/// The server is put back to an older copy. What it writes then begins when all repositories answer, and is called the same
+/// in each; what they hold already stays as it is.
+#[test]
+fn p6_a_second_history_has_one_name_in_all_repositories() {
+    let several = Several::new(&[0, 1], 1);
+    let mut pg = TestPg::start_segmented(any_major(), 1, "wal_keep_size = 1GB\n");
+    pg.sql("CREATE TABLE t (g int, filler text)");
+    let archive = |pg: &TestPg| {
+        let archiver = several.start(pg, options());
+        let to = write(pg);
+        (0..2).for_each(|index| wait_held(&archiver, index, to));
+        several.stop(archiver);
+    };
+    archive(&pg);
+    ok(pg.stop(StopMode::Fast));
+    let copy = copy_of(&pg, "copy");
+    ok(pg.start());
+    archive(&pg);
+    ok(pg.stop(StopMode::Immediate));
+    let before = [several.objects(0), several.objects(1)];
+
+    let mut rolled_back = TestPg::attach(any_major(), &copy);
+    ok(rolled_back.start());
+    rolled_back.sql("INSERT INTO t SELECT g, repeat('o', 300) FROM generate_series(1, 500) g");
+    several.doors[1].faults.set_plan(down());
+    let archiver = several.start(&rolled_back, options());
+    let waits = || matches!(&*archiver.seen.borrow(), ClusterStatus::Waiting { .. });
+    wait_until("it to wait for the other repository", SOON, waits);
+    assert_eq!(several.objects(0), before[0], "nothing begins while one is away");
+    several.doors[1].faults.set_plan(FaultPlan::none());
+    let to = write(&rolled_back);
+    (0..2).for_each(|index| wait_held(&archiver, index, to));
+    several.stop(archiver);
+    for (index, before) in before.iter().enumerate() {
+        let names = several.runtime.block_on(several.repository(index).branches(&several.id(index)));
+        let names: Vec<String> = ok(names).iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["00000001", "00000001.1"], "in repository {index}");
+        let now = several.objects(index);
+        let whole = before.iter().filter(|(name, _)| name.contains("/wal/"));
+        assert!(whole.into_iter().all(|object| now.contains(object)), "what was there stays");
+    }
+}
+
 #[test]
 fn all_that_hold_another_history_end_it() {
     let several = Several::new(&[0, 1], 1);

@@ -12,7 +12,7 @@ use super::status::DamageSeen;
 use crate::catalog::layout::ClusterObject;
 use crate::catalog::records::{GapReason, GapRecord};
 use crate::catalog::{CatalogError, Repository};
-use crate::types::{Branch, ClusterId, Lsn, TimelineId};
+use crate::types::{Branch, ClusterId, Lsn};
 use crate::wal::Unsound;
 
 /// Notes of one stream or file that are put, at most; what is damaged beyond that is only told.
@@ -35,24 +35,24 @@ pub(super) struct Alarms {
 
 impl Alarms {
     /// Tells of it; what is to be noted.
-    pub fn sound(&mut self, id: &ClusterId, timeline: TimelineId, unsound: Unsound) -> Option<Note> {
+    pub fn sound(&mut self, id: &ClusterId, branch: Branch, unsound: Unsound) -> Option<Note> {
         let Unsound { from, to, damage, goes_on } = unsound;
         if goes_on {
             tracing::error!(
-                cluster = %id, %timeline, damaged_to = %to,
+                cluster = %id, %branch, damaged_to = %to,
                 "the damaged WAL reaches to {to}; from there on it is sound again"
             );
         } else {
             tracing::error!(
-                cluster = %id, %timeline, damaged_from = %from,
+                cluster = %id, %branch, damaged_from = %from,
                 "DAMAGED WAL came from the server: {damage}. It is archived as it came, and archiving goes on; nothing can be \
                  restored across it from a base backup before it. Take a base backup now, and look after the server's disk \
                  and memory"
             );
             let count = self.seen.as_ref().map_or(0, |seen| seen.count) + 1;
-            self.seen = Some(Arc::new(DamageSeen { timeline, at: from, what: damage.to_string(), count }));
+            self.seen = Some(Arc::new(DamageSeen { branch, at: from, what: damage.to_string(), count }));
         }
-        let note = Note { branch: Branch::first(timeline), from, to };
+        let note = Note { branch, from, to };
         if self.notes.len() >= NOTES {
             return None;
         }

@@ -1,9 +1,10 @@
 //! One connection: from asking who the server is to the end of its stream.
 //!
-//! Invariant: nothing changes at the server or in a repository before it is decided that the server's history is the
-//! archived one, or that nothing is archived; and no WAL, nor the history files it needs, before the overlap was equal.
+//! Invariant: nothing changes at the server or in a repository before it is decided which of the archived histories is the
+//! server's, or that it is a new one; and no WAL, nor the history files it needs, before the overlap was equal.
 //! A repository that does not answer, or that holds another history, does not keep the others from going on.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,9 +16,11 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::ArchiveError;
+use super::branching::Choice;
 use super::cutter::CutterOptions;
 use super::fill::Path;
 use super::filler::Filled;
+use super::identify::{Identity, identify};
 use super::load::{Archived, Prepared, Served, last_records, load};
 use super::receivers::Receivers;
 use super::resume::{DeadTail, Refusal};
@@ -51,13 +54,19 @@ pub struct ArchiveOptions {
 /// A repository at the beginning of an attempt.
 type Answer<T> = Result<T, ArchiveError>;
 
-/// See the module. When one repository has answered, the others get `patience` to do so, too.
+/// See the module. When one repository has answered, the others get `patience` to do so, too. `compare_all`: the last
+/// attempt found the server to be another than was taken for granted.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one call, of a function that would otherwise be a struct of the same fields"
+)]
 pub(super) async fn attempt(
     source: &Source,
     receivers: &Receivers,
     cluster: &ClusterName,
     options: &ArchiveOptions,
     patience: Duration,
+    compare_all: bool,
     status: &watch::Sender<ClusterStatus>,
     stop: CancellationToken,
 ) -> Result<StreamEnd, ArchiveError> {
@@ -74,7 +83,20 @@ pub(super) async fn attempt(
         load(repository, &served).await
     });
     let loaded = gather(receivers, patience, loads.collect()).await;
-    let (flushed, decided) = decide(source, &mut connected, &served, loaded).await?;
+    let usable: Vec<&Archived> = loaded.iter().flatten().collect();
+    if !usable.is_empty() {
+        let Identity { choice, differs } = identify(source, &served, &usable, compare_all).await?;
+        let root = served.state.history.path().first().map(|stretch| stretch.0);
+        served.state.differs_from =
+            differs.iter().filter(|(branch, _)| Some(branch.timeline) == root).map(|(_, from)| *from).min();
+        if !choice.begun.is_empty() {
+            may_begin(receivers, &loaded)?;
+            tell_begun(&served, &choice, &differs);
+        }
+        served.state.lineage = choice.lineage;
+    }
+    let slot_was = connected.slot;
+    let (flushed, decided) = decide(source, &mut connected, &served, loaded, compare_all).await?;
     served.state.flushed = flushed;
     let decided = some_usable(receivers, decided)?;
     if !matches!(connected.slot, SlotState::BeginsAt(_)) {
@@ -102,8 +124,39 @@ pub(super) async fn attempt(
     let prepared = some_usable(receivers, gather(receivers, patience, prepares).await)?;
 
     let away = away.join(", ");
-    let attempt = Attempt { source, receivers, served: Arc::new(served), archived, away, options, status, stop };
+    let served = Arc::new(served);
+    let attempt = Attempt { source, receivers, served, archived, away, slot_was, options, status, stop };
     attempt.stream(prepared, connected.replication).await
+}
+
+/// A new name is given only when everybody was asked who has it already.
+fn may_begin(receivers: &Receivers, loaded: &[Answer<Archived>]) -> Result<(), ArchiveError> {
+    let away = receivers.each().iter().zip(loaded).filter_map(|(member, answer)| {
+        let error = answer.as_ref().err().filter(|error| !error.refuses_repository())?;
+        Some(format!("{}: {error}", member.name()))
+    });
+    let away: Vec<String> = away.collect();
+    if away.is_empty() { Ok(()) } else { Err(ArchiveError::NewWhileAway { away: away.join("; ") }) }
+}
+
+/// A history that nothing is archived of, under a number that others have already: somebody should know.
+fn tell_begun(served: &Served, choice: &Choice, differs: &BTreeMap<Branch, Lsn>) {
+    let (cluster, server, now) = (&served.id, &served.server, served.branch_of(&choice.lineage));
+    for branch in &choice.begun {
+        let same_number = differs.iter().filter(|(other, _)| other.timeline == branch.timeline);
+        let seen: Vec<String> = same_number
+            .map(|(other, from)| format!("from {other} in the segment that begins at {from}, or before"))
+            .collect();
+        let seen = if seen.is_empty() { "by its history file".to_owned() } else { seen.join(", ") };
+        tracing::error!(
+            %cluster, %branch,
+            "the server at {server} writes a history of timeline {} that is not archived: it differs {seen}. It is archived \
+             as branch {branch}, from what the server still has; what is archived stays as it is and is not mixed with it. \
+             Another server of this cluster (a restored copy, or this one before it was rolled back) wrote that: is it still \
+             running? A base backup of branch {now} is needed, `pgkeep run` takes one by itself",
+            branch.timeline.get()
+        );
+    }
 }
 
 /// Asks all at once. When one has answered the others get `patience` more; without any, [`ANSWER`]. A single repository
@@ -141,6 +194,7 @@ async fn decide(
     connected: &mut Connected,
     served: &Served,
     loaded: Vec<Answer<Archived>>,
+    compared: bool,
 ) -> Result<(Lsn, Vec<Answer<Archived>>), ArchiveError> {
     let mut state = served.state.clone();
     let behind = |state: &_| {
@@ -155,10 +209,17 @@ async fn decide(
         if state.flushed < archived && source.is_standby().await == Some(true) {
             return Err(ArchiveError::StandbyBehind { archived, replayed: state.flushed });
         }
+        // One that holds another history under this name is refused, and keeps nobody from going on.
+        let all_behind = loaded.iter().flatten().all(|known| known.decide(served, &state).is_err());
+        if state.flushed < archived && compared && all_behind {
+            let (cluster, flushed) = (served.id.clone(), state.flushed);
+            return Err(ArchiveError::ServerBehind { cluster, archived, flushed });
+        }
     }
     let refused = |source| ArchiveError::Refused { cluster: served.id.clone(), source };
     let decided = loaded.into_iter().map(|answer| {
         let archived = answer?;
+        archived.compare_histories(served)?;
         archived.decide(served, &state).map_err(refused)?;
         Ok(archived)
     });
@@ -188,6 +249,8 @@ struct Attempt<'a> {
     archived: Vec<Option<Arc<Archived>>>,
     /// The names of those that did not, and may hold anything.
     away: String,
+    /// How the slot was found, before it was made anew.
+    slot_was: SlotState,
     options: &'a ArchiveOptions,
     status: &'a watch::Sender<ClusterStatus>,
     stop: CancellationToken,
@@ -201,7 +264,7 @@ impl Attempt<'_> {
     ) -> Result<StreamEnd, ArchiveError> {
         let (id, size) = (&self.served.id, self.served.size);
         let begin = self.begin(&mut prepared);
-        let (at, branch) = (begin.at, Branch::first(begin.timeline));
+        let (at, branch) = (begin.at, self.served.branch(begin.timeline));
         let border = at.segment(size).end(size);
         // Who would go on behind the segment that begins there, if it is gone from the server.
         let complete: Vec<Option<Repository>> = prepared
@@ -237,7 +300,7 @@ impl Attempt<'_> {
     /// The place of whoever is furthest on. What holds nothing yet begins where the server's slot does: everything before was
     /// acknowledged because others held it.
     fn begin(&self, prepared: &mut [Answer<Prepared>]) -> Begin {
-        let path = Path::new(self.served.state.history.path(), self.served.size);
+        let path = Path::of(&self.served.state, self.served.size);
         let position =
             |prepared: &Prepared| super::fill::Position { on: prepared.place.timeline, to: prepared.place.at };
         let furthest = |empty: bool| {
@@ -331,11 +394,17 @@ impl Attempt<'_> {
         let from = ends.max().unwrap_or(at);
         let mut gaps = Vec::new();
         for (timeline, begins_at, left_at) in state.history.path() {
-            let on = Branch::first(timeline);
+            let on = self.served.branch(timeline);
             let begin = if on == branch { from } else { begins_at.segment_start(size) };
             let end = left_at.unwrap_or(Lsn::new(u64::MAX)).min(to);
             if timeline >= branch.timeline && begin < end {
-                gaps.push((on, begin, end));
+                let reason = match (left_at, self.slot_was) {
+                    // Its primary is gone, or went on without us.
+                    (Some(left_at), _) if end == left_at => GapReason::Failover,
+                    (_, SlotState::Missing | SlotState::Lost) => GapReason::SlotLost,
+                    _ => GapReason::Recycled,
+                };
+                gaps.push((on, begin, end, reason));
             }
         }
         if gaps.is_empty() {
@@ -346,12 +415,12 @@ impl Attempt<'_> {
         }
         for archived in known().filter(|archived| !archived.is_empty()) {
             let repository = &archived.repository;
-            for (branch, from, to) in &gaps {
+            for (branch, from, to, reason) in &gaps {
                 let gap = GapRecord {
                     branch: *branch,
                     from: *from,
                     to: *to,
-                    reason: GapReason::Recycled,
+                    reason: *reason,
                     noticed_at: repository.now(),
                     writer: repository.writer(),
                 };

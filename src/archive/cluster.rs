@@ -22,6 +22,8 @@ use crate::types::ClusterName;
 
 /// The pause before another attempt, at first and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
+/// An attempt that lasted longer has found out who the server is.
+const STEADY: Duration = Duration::from_secs(60);
 /// When one repository has answered, how long the others get: usually, and where only one of them can have what is needed.
 const PATIENCE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 
@@ -38,9 +40,10 @@ pub async fn archive(
     let mut told = String::new();
     let mut has_streamed = false;
     let mut patience = PATIENCE.0;
+    let mut compare_all = false;
     loop {
         let before = tokio::time::Instant::now();
-        let attempt = attempt(source, receivers, cluster, options, patience, status, stop.clone());
+        let attempt = attempt(source, receivers, cluster, options, patience, compare_all, status, stop.clone());
         let ended = tokio::select! {
             biased;
             ended = attempt => ended,
@@ -49,6 +52,7 @@ pub async fn archive(
         };
         let elsewhere = matches!(ended, Err(ArchiveError::HeldElsewhere { .. }));
         patience = if elsewhere { PATIENCE.1 } else { PATIENCE.0 };
+        let compared_all = std::mem::take(&mut compare_all) && before.elapsed() < STEADY;
         has_streamed |= matches!(*status.borrow(), ClusterStatus::Streaming(_));
         let mut is_usual = false;
         let reason = match ended {
@@ -64,6 +68,13 @@ pub async fn archive(
             Err(ArchiveError::Server(error)) if error.server_kind() == Some(ServerErrorKind::SlotActive) => {
                 is_usual = true;
                 error.to_string()
+            }
+            // Not the history that it was taken for: perhaps it is another one that is archived, or a new one.
+            Err(error) if error.asks_who_it_is() && !compared_all && !stop.is_cancelled() => {
+                tracing::debug!(%cluster, "{error}; comparing everything with the server");
+                receivers.each().iter().for_each(|member| member.refuse(None));
+                compare_all = true;
+                continue;
             }
             // A stop that failed has failed, even where another attempt would have helped.
             Err(error) if stop.is_cancelled() => return Err(error),

@@ -115,6 +115,38 @@ pub enum ArchiveError {
         /// Why.
         source: Refusal,
     },
+    /// The server is where the archive was before: nothing that it has differs.
+    #[error(
+        "{cluster}: the server has written only up to {flushed}, and the archive reaches to {archived}; up to there both are \
+         equal. Waiting for it to go on: where it then differs from what is archived, that begins a branch of its own"
+    )]
+    ServerBehind {
+        /// The cluster in the repository.
+        cluster: ClusterId,
+        /// End of what is archived.
+        archived: Lsn,
+        /// The server's own flush position.
+        flushed: Lsn,
+    },
+    /// The server's history is archived nowhere that answers, and what a new one is called has to be the same everywhere.
+    #[error(
+        "the server writes a history that no repository that answers holds, and it begins a branch only when all do: {away}. \
+         The slot keeps what comes.\n\
+         hint: if that repository is lost for good, take it out of the configuration"
+    )]
+    NewWhileAway {
+        /// Who does not answer, and why.
+        away: String,
+    },
+    /// Of several hosts in the connection string another one answered.
+    #[error("another server of the connection string answered in between; asking again who it is")]
+    AnotherServer,
+    /// The server did not send a segment in time.
+    #[error("the server did not send a segment of WAL for a comparison within {} s", after.as_secs())]
+    NoDigest {
+        /// How long it was waited for.
+        after: Duration,
+    },
     /// A standby that has not replayed as far as the archive reaches: it will, or it is promoted.
     #[error(
         "the server is a standby that has replayed up to {replayed}, and the archive reaches to {archived}: waiting for \
@@ -249,7 +281,11 @@ impl ArchiveError {
             | Self::NoRepository { .. }
             | Self::FellBehind { .. }
             | Self::NowhereHeld { .. }
-            | Self::HeldElsewhere { .. } => true,
+            | Self::HeldElsewhere { .. }
+            | Self::ServerBehind { .. }
+            | Self::NewWhileAway { .. }
+            | Self::AnotherServer
+            | Self::NoDigest { .. } => true,
             Self::OtherHistory { .. }
             | Self::DiffersFromOther { .. }
             | Self::StillRefused { .. }
@@ -261,6 +297,18 @@ impl ArchiveError {
             | Self::History { .. }
             | Self::StopDeadline { .. } => false,
         }
+    }
+
+    /// Does it show that the server is not who it was taken for? Then everything is compared before anybody is refused.
+    pub(super) fn asks_who_it_is(&self) -> bool {
+        matches!(
+            self,
+            Self::OtherHistory { .. }
+                | Self::Refused { .. }
+                | Self::OtherHistoryFile { .. }
+                | Self::Conflict { .. }
+                | Self::StillRefused { .. }
+        )
     }
 
     /// Is this a refusal that protects what is archived (exit code 4)?

@@ -4,12 +4,14 @@
 //! whose copy of that segment holds the parent's bytes too), never beyond what the stream keeps in memory; so what is there
 //! never has a hole, wherever a fill-up is cut off.
 
-use crate::types::{Branch, Lsn, SegmentNumber, SegmentSize, TimelineId};
+use super::resume::ServerState;
+use crate::types::{Branch, Lineage, Lsn, SegmentNumber, SegmentSize, TimelineId};
 
 /// The server's path: its timelines, oldest first, each with its first position and the first one after it.
 #[derive(Debug, Clone)]
 pub struct Path {
     stretches: Vec<(TimelineId, Lsn, Option<Lsn>)>,
+    lineage: Lineage,
     size: SegmentSize,
 }
 
@@ -50,9 +52,9 @@ pub enum Step {
 }
 
 impl Path {
-    /// `stretches` as a history gives them.
-    pub fn new(stretches: Vec<(TimelineId, Lsn, Option<Lsn>)>, size: SegmentSize) -> Path {
-        Path { stretches, size }
+    /// The path of a server.
+    pub fn of(server: &ServerState, size: SegmentSize) -> Path {
+        Path { stretches: server.history.path(), lineage: server.lineage.clone(), size }
     }
 
     fn index(&self, timeline: TimelineId) -> Option<usize> {
@@ -80,7 +82,7 @@ impl Path {
     /// in memory.
     pub fn next(&self, position: Position, streamed: TimelineId, kept_from: Lsn) -> Step {
         let at = self.settle(position);
-        let branch = Branch::first(at.on);
+        let branch = self.lineage.branch(at.on);
         let segment = at.to.segment(self.size);
         match self.index(at.on).cmp(&self.index(streamed)) {
             std::cmp::Ordering::Greater => Step::Ahead,
@@ -112,7 +114,7 @@ mod tests {
             begin = Lsn::new(*fork);
         }
         stretches.push((timeline(forks.len() as u32 + 1), begin, None));
-        Path::new(stretches, SegmentSize::new(size).unwrap())
+        Path { stretches, lineage: Lineage::default(), size: SegmentSize::new(size).unwrap() }
     }
 
     fn at(on: u32, to: u64) -> Position {

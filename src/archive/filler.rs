@@ -174,7 +174,7 @@ impl Filler {
                 Filled::from(timeout(LOAD_DEADLINE, self.load()).await.map_err(|_| late())??)
             }
         };
-        let path = Path::new(self.served.state.history.path(), self.served.size);
+        let path = Path::of(&self.served.state, self.served.size);
         filled.begin_no_later(&path, self.horizon.borrow().begins);
         self.tell(News::Holds(filled.position.to)).await;
         loop {
@@ -217,6 +217,7 @@ impl Filler {
     async fn load(&self) -> Result<Prepared, ArchiveError> {
         let repository = self.member.open().await?;
         let archived = load(repository, &self.served).await?;
+        archived.compare_histories(&self.served)?;
         let mut state = self.served.state.clone();
         state.flushed = state.flushed.max(self.horizon.borrow().end);
         archived.prepare(&self.served, &state).await
@@ -225,7 +226,7 @@ impl Filler {
     fn uploader(&self, repository: &Repository, timeline: TimelineId) -> Uploader {
         let Served { id, size, version, .. } = self.served.as_ref();
         let histories = self.served.histories_for(timeline);
-        Uploader::new(repository.clone(), id.clone(), Branch::first(timeline), *size, *version, histories)
+        Uploader::new(repository.clone(), id.clone(), self.served.branch(timeline), *size, *version, histories)
     }
 
     /// The repository's own last bytes against another's: those before `until` in the segment that holds the last of them.
@@ -270,7 +271,7 @@ impl Filler {
             }
         }
         // Nobody holds those bytes any more, nor what follows: as behind a recorded gap, nothing can be compared.
-        let from = Path::new(self.served.state.history.path(), size).settle(filled.position);
+        let from = Path::of(&self.served.state, size).settle(filled.position);
         let to = self.record_gap(&filled.prepared.repository, from, horizon).await?;
         filled.position = to;
         self.is_compared(filled).await?;
@@ -297,7 +298,7 @@ impl Filler {
             let holds = timeline == branch.timeline
                 || (timeline > branch.timeline && begins_at >= until && begins_at.segment(size) == segment);
             if holds {
-                let on = Branch::first(timeline);
+                let on = self.served.branch(timeline);
                 let digest = source.digest_at(id, on, segment, size, offset(until, segment, size)).await?;
                 if digest.is_some() {
                     return Ok(digest);
@@ -392,7 +393,7 @@ impl Filler {
         from: Position,
         sources: &[Repository],
     ) -> Result<Option<Position>, ArchiveError> {
-        let (id, size, branch) = (&self.served.id, self.served.size, Branch::first(from.on));
+        let (id, size, branch) = (&self.served.id, self.served.size, self.served.branch(from.on));
         for source in sources {
             let gaps = source.gaps_of(id, branch).await?;
             let here = |gap: &&GapRecord| gap.from.segment_start(size) <= from.to && from.to < gap.to;
@@ -416,8 +417,11 @@ impl Filler {
         horizon: &Horizon,
     ) -> Result<Position, ArchiveError> {
         let Served { id, size, state, .. } = self.served.as_ref();
-        let nowhere =
-            || ArchiveError::NowhereHeld { repository: self.name(), branch: Branch::first(from.on), from: from.to };
+        let nowhere = || ArchiveError::NowhereHeld {
+            repository: self.name(),
+            branch: self.served.branch(from.on),
+            from: from.to,
+        };
         if horizon.missing > 1 {
             return Err(nowhere());
         }
@@ -430,7 +434,7 @@ impl Filler {
             if timeline < from.on {
                 continue;
             }
-            let branch = Branch::first(timeline);
+            let branch = self.served.branch(timeline);
             let begin = if timeline == from.on { from.to } else { begins_at.segment_start(*size) };
             let branches = inventories.iter().filter_map(|inventory| inventory.branches.get(&branch));
             let runs: Vec<Run> = branches.flat_map(|branch| branch.runs(*size)).collect();
@@ -473,6 +477,12 @@ mod tests {
         Filled::from(Prepared::empty(repository, TimelineId::FIRST, Lsn::new(at)))
     }
 
+    fn root() -> super::super::resume::ServerState {
+        let history = crate::types::TimelineHistory::root(TimelineId::FIRST);
+        let (flushed, lineage) = (Lsn::ZERO, crate::types::Lineage::default());
+        super::super::resume::ServerState { history, flushed, slot_begins_at: None, lineage, differs_from: None }
+    }
+
     fn at(to: u64) -> Position {
         Position { on: TimelineId::FIRST, to: Lsn::new(to) }
     }
@@ -481,7 +491,7 @@ mod tests {
     /// before the server's own end, and counted for parts that it was only about to put.
     #[tokio::test]
     async fn p1_an_empty_repository_counts_from_the_streams_beginning_at_most() {
-        let path = Path::new(vec![(TimelineId::FIRST, Lsn::ZERO, None)], SegmentSize::new(MIB).unwrap());
+        let path = Path::of(&root(), SegmentSize::new(MIB).unwrap());
         let mut late = empty_at(90 * MIB).await;
         late.begin_no_later(&path, at(7 * MIB));
         assert_eq!(late.position, at(7 * MIB));

@@ -1,15 +1,17 @@
 //! What a repository holds of the server's path, and what of it has to come again. Reads, and changes nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
 use super::ArchiveError;
+use super::branching::Candidate;
 use super::fill::Position;
 use super::resume::{DeadTail, Held, Overlap, Refusal, Resume, ServerState, resume};
 use super::source::Connected;
+use super::uploader::HistoryFile;
 use crate::catalog::Repository;
-use crate::types::{Branch, ClusterId, Lsn, SegmentNumber, SegmentSize, TimelineHistory, TimelineId};
+use crate::types::{Branch, ClusterId, Digest, Lineage, Lsn, SegmentNumber, SegmentSize, TimelineHistory, TimelineId};
 use crate::wal::receiver::Expected;
 use crate::wal::{Decoder, PAGE_SIZE};
 
@@ -39,10 +41,24 @@ impl Served {
         Served { id, size, version, server, state: connected.state(), histories }
     }
 
+    /// The branch that this timeline of the server is.
+    pub fn branch(&self, timeline: TimelineId) -> Branch {
+        self.state.lineage.branch(timeline)
+    }
+
+    /// The newest branch of the server's history, by this lineage.
+    pub fn branch_of(&self, lineage: &Lineage) -> Branch {
+        lineage.branch(self.state.history.timeline())
+    }
+
     /// The history files that WAL of `timeline` needs: its own and its ancestors'.
-    pub fn histories_for(&self, timeline: TimelineId) -> Vec<(TimelineId, Bytes)> {
-        let files = self.histories.iter();
-        files.filter(|(of, _)| *of <= timeline && self.state.history.contains(*of)).cloned().collect()
+    pub fn histories_for(&self, timeline: TimelineId) -> Vec<HistoryFile> {
+        let files = self.histories.iter().filter(|(of, _)| *of <= timeline && self.state.history.contains(*of));
+        let file = |(of, text): &(TimelineId, Bytes)| {
+            let (branch, ancestors) = (self.branch(*of), self.state.lineage.before(*of));
+            HistoryFile { branch, ancestors, text: text.clone() }
+        };
+        files.map(file).collect()
     }
 }
 
@@ -50,10 +66,19 @@ impl Served {
 pub(super) struct Archived {
     pub repository: Repository,
     branches: Vec<ArchivedBranch>,
+    /// Every branch of which there is anything, and what its history file says.
+    known: BTreeMap<Branch, Option<KnownHistory>>,
+}
+
+struct KnownHistory {
+    history: TimelineHistory,
+    ancestors: Lineage,
 }
 
 struct ArchivedBranch {
     held: Held,
+    /// There is WAL of it.
+    has_wal: bool,
     /// Digests of the last segment's beginning, ascending; the last one is that of everything held.
     expected: Vec<Expected>,
     /// End of what is held by more than tails.
@@ -77,7 +102,7 @@ pub(super) struct Place {
 #[derive(Debug)]
 pub(super) struct Prepared {
     pub repository: Repository,
-    /// Nothing of the cluster is there.
+    /// Nothing of the server's history is there.
     pub is_empty: bool,
     pub place: Place,
     /// Of which branch the `expected` are; a fork's parent, or the one that goes on.
@@ -92,19 +117,16 @@ pub(super) struct Prepared {
     pub open_segments: BTreeSet<SegmentNumber>,
 }
 
-/// Loads what `repository` holds of the cluster; refuses what belongs to another cluster or to another history.
+/// Loads what `repository` holds of the cluster; refuses what belongs to another cluster.
 pub(super) async fn load(repository: Repository, served: &Served) -> Result<Archived, ArchiveError> {
     refuse_foreign(&repository, served).await?;
-    compare_histories(&repository, served).await?;
     let (id, history) = (&served.id, &served.state.history);
-    let mut branches = repository.branches(id).await?;
-    // A branch may have a gap and no WAL yet.
-    branches.extend(history.path().into_iter().map(|(timeline, ..)| Branch::first(timeline)));
+    let known = known_histories(&repository, id).await?;
     let mut archived = Vec::new();
-    for branch in branches {
-        if !history.contains(branch.timeline) || branch.ordinal != 0 {
+    for branch in known.keys().copied() {
+        if !history.contains(branch.timeline) {
             let held = Held { branch, to: Lsn::ZERO, comparable: false };
-            archived.push(ArchivedBranch { held, expected: Vec::new(), durable: Lsn::ZERO });
+            archived.push(ArchivedBranch { held, has_wal: true, expected: Vec::new(), durable: Lsn::ZERO });
             continue;
         }
         if let Some(resume) = repository.resume(id, branch).await? {
@@ -115,16 +137,81 @@ pub(super) async fn load(repository: Repository, served: &Served) -> Result<Arch
             let expected: Vec<Expected> =
                 resume.expected.iter().map(|(at, digest)| Expected { at: *at, digest: *digest }).collect();
             let held = Held { branch, to: resume.at, comparable: !expected.is_empty() };
-            archived.push(ArchivedBranch { held, expected, durable: resume.durable });
+            archived.push(ArchivedBranch { held, has_wal: true, expected, durable: resume.durable });
         } else if let Some(to) = repository.gaps_of(id, branch).await?.iter().map(|gap| gap.to).max() {
             let held = Held { branch, to, comparable: false };
-            archived.push(ArchivedBranch { held, expected: Vec::new(), durable: to });
+            archived.push(ArchivedBranch { held, has_wal: false, expected: Vec::new(), durable: to });
         }
     }
-    Ok(Archived { repository, branches: archived })
+    Ok(Archived { repository, branches: archived, known })
 }
 
 impl Archived {
+    /// The histories of the server's timelines that are here.
+    pub fn candidates(&self, served: &Served) -> Vec<Candidate> {
+        let on_path = self.known.iter().filter(|(branch, _)| served.state.history.contains(branch.timeline));
+        let candidate = |(branch, known): (&Branch, &Option<KnownHistory>)| Candidate {
+            branch: *branch,
+            ancestors: known.as_ref().map(|known| known.ancestors.clone()).unwrap_or_default(),
+            forked_elsewhere: known.as_ref().is_some_and(|known| forked_elsewhere(&known.history, served)),
+        };
+        on_path.map(candidate).collect()
+    }
+
+    /// Every branch that is here, or that a history file here names as an ancestor.
+    pub fn named(&self) -> BTreeSet<Branch> {
+        let ancestors = self
+            .known
+            .values()
+            .flatten()
+            .flat_map(|known| known.history.ancestors().iter().map(|entry| known.ancestors.branch(entry.timeline)));
+        self.known.keys().copied().chain(ancestors).collect()
+    }
+
+    /// Is anything of this branch here?
+    pub fn knows(&self, branch: Branch) -> bool {
+        self.known.contains_key(&branch)
+    }
+
+    /// The end of the WAL of a branch, or of a gap behind it; `None` where there is no WAL.
+    pub fn held_to(&self, branch: Branch) -> Option<Lsn> {
+        self.find(branch).filter(|archived| archived.has_wal).map(|archived| archived.held.to)
+    }
+
+    /// The digest of the bytes before `until` in the segment that holds the last of them; `None` where not all of them
+    /// are here.
+    pub async fn digest_before(
+        &self,
+        served: &Served,
+        branch: Branch,
+        until: Lsn,
+    ) -> Result<Option<Digest>, ArchiveError> {
+        let expected = self.find(branch).and_then(|archived| archived.expected.iter().find(|known| known.at == until));
+        if let Some(expected) = expected {
+            return Ok(Some(expected.digest));
+        }
+        let segment = until.segment_before(served.size);
+        // invariant: a segment is at most 1 GiB, so offsets in it fit
+        let offset = u32::try_from(until.bytes_since(segment.start(served.size)).unwrap_or(0)).unwrap_or(u32::MAX);
+        Ok(self.repository.digest_at(&served.id, branch, segment, served.size, offset).await?)
+    }
+
+    /// Is what is here under the names of the server's branches of the server's ancestry?
+    pub fn compare_histories(&self, served: &Served) -> Result<(), ArchiveError> {
+        for (timeline, ..) in served.state.history.path() {
+            let Some(Some(known)) = self.known.get(&served.branch(timeline)) else { continue };
+            let ancestors = served.state.lineage.before(timeline);
+            if forked_elsewhere(&known.history, served) || known.ancestors != ancestors {
+                return Err(ArchiveError::OtherHistoryFile { cluster: served.id.clone(), timeline });
+            }
+        }
+        Ok(())
+    }
+
+    fn find(&self, branch: Branch) -> Option<&ArchivedBranch> {
+        self.branches.iter().find(|archived| archived.held.branch == branch)
+    }
+
     /// Where it would go on with this server.
     pub fn decide(&self, served: &Served, state: &ServerState) -> Result<Place, Refusal> {
         let held: Vec<Held> = self.branches.iter().map(|branch| branch.held).collect();
@@ -143,14 +230,14 @@ impl Archived {
 
     /// The end of what is held of a branch.
     pub fn end_of(&self, branch: Branch) -> Option<Lsn> {
-        self.branches.iter().find(|archived| archived.held.branch == branch).map(|archived| archived.held.to)
+        self.find(branch).map(|archived| archived.held.to)
     }
 
     /// Everything that is needed to go on there.
     pub async fn prepare(&self, served: &Served, state: &ServerState) -> Result<Prepared, ArchiveError> {
         let refused = |source| ArchiveError::Refused { cluster: served.id.clone(), source };
         let place = self.decide(served, state).map_err(refused)?;
-        let branch = Branch::first(place.timeline);
+        let branch = served.branch(place.timeline);
         let (expected, durable) = match place.overlap {
             Some(overlap) => self.expected(served, overlap).await?,
             None => (Vec::new(), None),
@@ -162,7 +249,9 @@ impl Archived {
             None => Vec::new(),
         };
         let open_segments = self.repository.open_segments(&served.id, branch, served.size).await?;
-        let (repository, is_empty) = (self.repository.clone(), self.branches.is_empty());
+        let on_path = served.state.history.path().into_iter().map(|stretch| served.branch(stretch.0));
+        let is_empty = on_path.into_iter().all(|branch| self.find(branch).is_none());
+        let repository = self.repository.clone();
         Ok(Prepared { repository, is_empty, place, compares, expected, follows, durable_to, open_segments })
     }
 
@@ -179,9 +268,7 @@ impl Archived {
         }
         // A fork inside a segment: the parent's bytes before it.
         let (id, size, segment) = (&served.id, served.size, until.segment_before(served.size));
-        // invariant: a segment is at most 1 GiB, so offsets in it fit
-        let offset = u32::try_from(until.segment_offset(size)).unwrap_or(u32::MAX);
-        let digest = match self.repository.digest_at(id, branch, segment, size, offset).await? {
+        let digest = match self.digest_before(served, branch, until).await? {
             Some(digest) => digest,
             // Without reading nobody could tell whose history this is.
             None if !self.repository.can_read() => {
@@ -280,22 +367,34 @@ async fn refuse_foreign(repository: &Repository, served: &Served) -> Result<(), 
     }
 }
 
-/// The server's histories must be the archived ones, where any are. What they say counts, not how they are written: an
-/// ancestor's file that the server has lost was derived from a descendant's.
-async fn compare_histories(repository: &Repository, served: &Served) -> Result<(), ArchiveError> {
-    let id = &served.id;
-    for (timeline, text) in &served.histories {
-        let archived = match repository.get_history(id, Branch::first(*timeline)).await {
+/// What a history file says counts, not how it is written: an ancestor's that the server has lost was derived from a
+/// descendant's.
+fn forked_elsewhere(history: &TimelineHistory, served: &Served) -> bool {
+    let servers = served.state.history.ancestor_history(history.timeline());
+    servers.is_some_and(|servers| servers.path() != history.path())
+}
+
+/// The branches that are there, and their history files as far as they open.
+async fn known_histories(
+    repository: &Repository,
+    id: &ClusterId,
+) -> Result<BTreeMap<Branch, Option<KnownHistory>>, ArchiveError> {
+    let mut known = BTreeMap::new();
+    for branch in repository.all_branches(id).await? {
+        let read =
+            if branch.timeline == TimelineId::FIRST { Ok(None) } else { repository.get_history_of(id, branch).await };
+        let read = match read {
             Err(error) if error.is_damage() => {
-                tracing::error!(cluster = %id, %timeline, %error, "an archived history file does not open");
-                continue;
+                tracing::error!(cluster = %id, %branch, %error, "an archived history file does not open");
+                None
             }
-            archived => archived?,
+            read => read?,
         };
-        let path = |text: &[u8]| TimelineHistory::parse(*timeline, text).ok().map(|history| history.path());
-        if archived.is_some_and(|archived| archived != *text && path(&archived) != path(text)) {
-            return Err(ArchiveError::OtherHistoryFile { cluster: id.clone(), timeline: *timeline });
-        }
+        let history = read.and_then(|(text, ancestors)| {
+            let history = TimelineHistory::parse(branch.timeline, &text).ok()?;
+            Some(KnownHistory { history, ancestors })
+        });
+        known.insert(branch, history);
     }
-    Ok(())
+    Ok(known)
 }

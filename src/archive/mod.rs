@@ -1,17 +1,19 @@
 //! From the server's slot into the repositories, without a hole.
 //!
-//! [`cutter`], [`frontier`], [`lanes`], [`fill`] and [`resume`] decide; [`stream`], `lane`, `filler` and `uploader` act;
+//! [`branching`], [`cutter`], [`frontier`], [`lanes`], [`fill`] and [`resume`] decide; [`stream`], `lane`, `filler` and `uploader` act;
 //! [`cluster`] keeps at it.
 //! [`push`] is the other way in: one file at a time, as `archive_command` offers it.
 
 mod alarm;
 mod attempt;
+pub mod branching;
 pub mod cluster;
 pub mod cutter;
 mod error;
 pub mod fill;
 mod filler;
 pub mod frontier;
+mod identify;
 mod lane;
 pub mod lanes;
 mod load;

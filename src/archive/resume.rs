@@ -4,7 +4,7 @@
 //! archived, so that there is an overlap; [`Resume::Stream`] says where it ends, and nothing is acknowledged before it
 //! has compared equal. A history that the repository does not know as the server's is never continued.
 
-use crate::types::{Branch, Lsn, SegmentSize, TimelineHistory, TimelineId};
+use crate::types::{Branch, Lineage, Lsn, SegmentSize, TimelineHistory, TimelineId};
 
 /// What the server says of itself, and what its slot keeps.
 #[derive(Debug, Clone)]
@@ -15,6 +15,11 @@ pub struct ServerState {
     pub flushed: Lsn,
     /// Where the slot begins to keep WAL; `None` where that cannot be known.
     pub slot_begins_at: Option<Lsn>,
+    /// Which branch each timeline of its history is.
+    pub lineage: Lineage,
+    /// Where a history that nothing is archived of should begin, if the server still has that: the start of the segment in
+    /// which it was seen to differ from another.
+    pub differs_from: Option<Lsn>,
 }
 
 /// What a repository holds of one branch: the end of its contiguous run.
@@ -45,7 +50,7 @@ pub enum Resume {
         /// Bytes that the repository holds of `timeline`'s parent beyond the fork: nothing continues them.
         dead_tail: Option<DeadTail>,
     },
-    /// The server's history is not the archived one, or it has lost what is archived.
+    /// The server has lost what is archived, or writes another history.
     Refused(Refusal),
 }
 
@@ -85,33 +90,15 @@ pub enum Refusal {
         /// The server's own flush position.
         flushed: Lsn,
     },
-    /// The repository has newer timelines, none of which is the server's, and nothing of the server's path.
-    #[error(
-        "nothing of the server's history (timeline {timeline}) is archived, but the repository holds {archived} of a \
-         cluster with the same system identifier"
-    )]
-    UnrelatedHistory {
-        /// The server's timeline.
-        timeline: TimelineId,
-        /// A branch that is archived.
-        archived: Branch,
-    },
 }
 
 /// Decides where to go on; `held` has the contiguous run of every branch that holds any WAL.
 pub fn resume(server: &ServerState, held: &[Held], size: SegmentSize) -> Resume {
-    let first_branch = |timeline| held.iter().find(|held| held.branch == Branch::first(timeline));
+    let known = |timeline| held.iter().find(|held| held.branch == server.lineage.branch(timeline));
     let path = server.history.path();
     // The newest timeline of the server's path of which anything is archived.
-    let Some((index, newest)) = path.iter().enumerate().rev().find_map(|(i, s)| first_branch(s.0).map(|h| (i, *h)))
-    else {
-        return match held.first() {
-            Some(other) => Resume::Refused(Refusal::UnrelatedHistory {
-                timeline: server.history.timeline(),
-                archived: other.branch,
-            }),
-            None => from_the_slot(server, size),
-        };
+    let Some((index, newest)) = path.iter().enumerate().rev().find_map(|(i, s)| known(s.0).map(|h| (i, *h))) else {
+        return from_the_slot(server, size);
     };
     let (timeline, _, left_at) = path[index]; // invariant: index comes from enumerate over `path`
     match left_at {
@@ -148,9 +135,10 @@ pub fn resume(server: &ServerState, held: &[Held], size: SegmentSize) -> Resume 
     }
 }
 
-/// An empty repository: everything that the slot keeps.
+/// Nothing of this history is archived: everything that the slot keeps, or from where it differs from another one.
 fn from_the_slot(server: &ServerState, size: SegmentSize) -> Resume {
-    let begin = server.slot_begins_at.filter(|at| *at > Lsn::ZERO && *at <= server.flushed).unwrap_or(server.flushed);
+    let slot = server.slot_begins_at.filter(|at| *at > Lsn::ZERO && *at <= server.flushed);
+    let begin = slot.map_or(server.flushed, |at| server.differs_from.map_or(at, |differs| at.min(differs)));
     let at = begin.segment_start(size);
     Resume::Stream { timeline: server.history.timeline_at(begin), at, overlap: None, follows: None, dead_tail: None }
 }
@@ -171,7 +159,9 @@ mod tests {
 
     fn server(number: u32, forks: &str, flushed: u64) -> ServerState {
         let history = TimelineHistory::parse(timeline(number), forks.as_bytes()).unwrap();
-        ServerState { history, flushed: Lsn::new(flushed), slot_begins_at: Some(Lsn::new(3 * MIB + 40)) }
+        let slot_begins_at = Some(Lsn::new(3 * MIB + 40));
+        let (flushed, lineage) = (Lsn::new(flushed), Lineage::default());
+        ServerState { history, flushed, slot_begins_at, lineage, differs_from: None }
     }
 
     fn held(number: u32, to: u64) -> Held {
@@ -236,9 +226,26 @@ mod tests {
         assert_eq!(resume(&server(1, "", 9 * MIB), &[after_gap], size()), stream(1, 5 * MIB, None));
     }
 
+    /// What other histories hold, under whatever number, decides nothing for one of which nothing is archived.
     #[test]
-    fn a_history_that_has_nothing_in_common_is_refused() {
-        let got = resume(&server(1, "", 9 * MIB), &[held(2, 6 * MIB)], size());
-        assert!(matches!(got, Resume::Refused(Refusal::UnrelatedHistory { .. })), "{got:?}");
+    fn p6_a_second_history_goes_on_from_its_own_bytes() {
+        let second = |timeline_number| Branch { timeline: timeline(timeline_number), ordinal: 1 };
+        let mut rolled_back = server(1, "", 9 * MIB);
+        rolled_back.lineage.set(second(1));
+        assert_eq!(resume(&rolled_back, &[held(1, 8 * MIB)], size()), stream(1, 3 * MIB, None));
+        rolled_back.differs_from = Some(Lsn::new(2 * MIB));
+        assert_eq!(resume(&rolled_back, &[held(1, 8 * MIB)], size()), stream(1, 2 * MIB, None));
+        let own = Held { branch: second(1), ..held(1, 6 * MIB + 5) };
+        let got = resume(&rolled_back, &[held(1, 8 * MIB), own], size());
+        let overlap = Some(Overlap { branch: second(1), until: Lsn::new(6 * MIB + 5) });
+        let expected =
+            Resume::Stream { timeline: timeline(1), at: Lsn::new(6 * MIB), overlap, follows: None, dead_tail: None };
+        assert_eq!(got, expected);
+        // A second timeline 2 goes on from the fork in the parent that both have.
+        let mut promoted = server(2, "1\t0/500123\t", 9 * MIB);
+        promoted.lineage.set(second(2));
+        let fork = 5 * MIB + 0x123;
+        let got = resume(&promoted, &[held(1, fork), held(2, 8 * MIB)], size());
+        assert_eq!(got, stream(2, 5 * MIB, Some((1, fork))));
     }
 }

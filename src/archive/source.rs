@@ -5,7 +5,7 @@ use bytes::Bytes;
 use super::ArchiveError;
 use super::resume::ServerState;
 use crate::pg::{ConnInfo, ConnectOptions, PgError, Replication, ServerErrorKind, Session, quote_literal};
-use crate::types::{Lsn, SegmentSize, SystemId, TimelineHistory, TimelineId};
+use crate::types::{Lineage, Lsn, SegmentSize, SystemId, TimelineHistory, TimelineId};
 
 /// Where WAL comes from.
 #[derive(Debug, Clone)]
@@ -138,7 +138,8 @@ impl Connected {
             SlotState::BeginsAt(at) => Some(at),
             SlotState::Missing | SlotState::Lost | SlotState::Unknown => None,
         };
-        ServerState { history: self.history.clone(), flushed: self.flushed, slot_begins_at }
+        let (history, flushed, lineage) = (self.history.clone(), self.flushed, Lineage::default());
+        ServerState { history, flushed, slot_begins_at, lineage, differs_from: None }
     }
 }
 

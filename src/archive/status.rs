@@ -4,13 +4,15 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::types::{Lsn, PgTimestamp, TimelineId};
+use crate::types::{Branch, Lsn, PgTimestamp};
 
 /// What is known while streaming; the newest value counts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Progress {
-    /// The timeline that is streamed.
-    pub timeline: TimelineId,
+    /// The history that is streamed.
+    pub branch: Branch,
+    /// When this stream began: tells one from the next.
+    pub since: Instant,
     /// End of what has come in.
     pub received: Lsn,
     /// End of what is durable without a hole, in as many repositories as are needed.
@@ -28,8 +30,8 @@ pub struct Progress {
 /// WAL that came damaged from the server, and was archived as it came.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DamageSeen {
-    /// The timeline that was streamed.
-    pub timeline: TimelineId,
+    /// The history that was streamed.
+    pub branch: Branch,
     /// Where recovery would stop.
     pub at: Lsn,
     /// What is wrong, as a sentence.

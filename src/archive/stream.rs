@@ -36,7 +36,7 @@ use super::status::{Arrivals, ClusterStatus, Doing, Progress, RepositoryProgress
 use super::uploader::{RangeBytes, Uploader};
 use crate::catalog::Repository;
 use crate::pg::{PgError, Status, StreamEvent, TimelineEnd, WalStream};
-use crate::types::{Branch, Lsn, PgTimestamp, TimelineId};
+use crate::types::{Lsn, PgTimestamp, TimelineId};
 use crate::wal::receiver::{ReceiveError, Receiver};
 
 /// Bytes received and not yet durable as a whole part, at most: two parts of the largest size.
@@ -123,6 +123,7 @@ pub(super) struct Stream {
     stalled_since: Option<Instant>,
     /// It was said that too few repositories take part.
     told_too_few: bool,
+    since: Instant,
     arrivals: Arrivals,
     alarms: Alarms,
     status: watch::Sender<ClusterStatus>,
@@ -172,7 +173,7 @@ impl Stream {
         if members.iter().any(follows) {
             receiver = receiver.finding_first_record();
         }
-        let (part, path) = (Part::new(begin.at, size, receiver.hasher()), Path::new(served.state.history.path(), size));
+        let (part, path) = (Part::new(begin.at, size, receiver.hasher()), Path::of(&served.state, size));
         let (streamed, end, missing) = (begin.timeline, served.state.flushed, members.len());
         let begins = Position { on: begin.timeline, to: begin.at };
         let horizon = Horizon { streamed, begins, kept_from: begin.at, end, sources: Vec::new(), missing };
@@ -185,6 +186,7 @@ impl Stream {
             letters: mpsc::channel(LETTERS),
             stalled_since: None,
             told_too_few: false,
+            since: now,
             arrivals: Arrivals::default(),
             alarms: Alarms::default(),
             server_end: begin.at,
@@ -373,7 +375,7 @@ impl Stream {
     /// What came damaged is told, and noted in the repositories.
     fn sound_alarms(&mut self) {
         while let Some(unsound) = self.receiver.unsound() {
-            let note = self.alarms.sound(&self.served.id, self.begin.timeline, unsound);
+            let note = self.alarms.sound(&self.served.id, self.served.branch(self.begin.timeline), unsound);
             let Some(note) = note else { continue };
             for lane in 0..self.sides.len() {
                 let live = self.sides.get(lane).and_then(|side| side.live.as_ref());
@@ -387,7 +389,7 @@ impl Stream {
     fn put_notes(&mut self, lane: usize, notes: Vec<Note>, sources: Vec<Repository>) {
         let id = self.served.id.clone();
         let path = self.served.state.history.path().into_iter();
-        let branches = path.map(|(timeline, ..)| Branch::first(timeline)).collect();
+        let branches = path.map(|(timeline, ..)| self.served.branch(timeline)).collect();
         let Some(side) = self.sides.get_mut(lane) else { return };
         let Some(repository) = side.live.as_ref().map(|live| live.repository().clone()) else { return };
         side.notes_under_way += 1;
@@ -547,7 +549,7 @@ impl Stream {
         let Filled { prepared, position, .. } = filled;
         let durable_to = self.path.settle(position).to;
         let Served { id, size, version, .. } = self.served.as_ref();
-        let branch = Branch::first(self.begin.timeline);
+        let branch = self.served.branch(self.begin.timeline);
         let uploader = Uploader::new(
             prepared.repository,
             id.clone(),
@@ -752,7 +754,8 @@ impl Stream {
             }
         });
         let progress = Progress {
-            timeline: self.begin.timeline,
+            branch: self.served.branch(self.begin.timeline),
+            since: self.since,
             received,
             durable: self.durable(),
             server_end: self.server_end.max(received),

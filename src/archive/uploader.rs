@@ -14,7 +14,7 @@ use super::ArchiveError;
 use super::part::WholePart;
 use crate::catalog::records::WalRangeNote;
 use crate::catalog::{CatalogError, Put, RangeSealer, Repository, SealedRange, WalTail};
-use crate::types::{Branch, ClusterId, Digest, Lsn, PgTimestamp, SegmentNumber, SegmentSize, TimelineId};
+use crate::types::{Branch, ClusterId, Digest, Lineage, Lsn, PgTimestamp, SegmentNumber, SegmentSize};
 
 /// The bytes `[from, to)` of one segment, and what is known of them.
 #[derive(Debug, Clone)]
@@ -69,10 +69,21 @@ pub struct Uploader {
     histories: Arc<Histories>,
 }
 
+/// A history file, and where it belongs.
+#[derive(Debug, Clone)]
+pub struct HistoryFile {
+    /// Whose it is.
+    pub branch: Branch,
+    /// The branches that its ancestors are.
+    pub ancestors: Lineage,
+    /// As the server has it.
+    pub text: Bytes,
+}
+
 /// History files that are to be there before any WAL is, and whether they are.
 #[derive(Debug)]
 struct Histories {
-    files: Vec<(TimelineId, Bytes)>,
+    files: Vec<HistoryFile>,
     stored: OnceCell<()>,
 }
 
@@ -85,7 +96,7 @@ impl Uploader {
         branch: Branch,
         size: SegmentSize,
         server_version: u32,
-        histories: Vec<(TimelineId, Bytes)>,
+        histories: Vec<HistoryFile>,
     ) -> Uploader {
         let histories = Arc::new(Histories { files: histories, stored: OnceCell::new() });
         Uploader { repository, cluster, branch, size, server_version, histories }
@@ -98,16 +109,17 @@ impl Uploader {
 
     async fn histories_first(&self) -> Result<(), ArchiveError> {
         let put_all = || async {
-            for (timeline, text) in &self.histories.files {
+            for HistoryFile { branch, ancestors, text } in &self.histories.files {
                 // One that is there was compared; written otherwise it may be, if the server's was derived.
-                if let Ok(Some(_)) = self.repository.get_history(&self.cluster, Branch::first(*timeline)).await {
+                if let Ok(Some(_)) = self.repository.get_history(&self.cluster, *branch).await {
+                    self.repository.sync_history(&self.cluster, *branch).await?;
                     continue;
                 }
-                match self.repository.put_history(&self.cluster, Branch::first(*timeline), text).await? {
+                match self.repository.put_history_of(&self.cluster, *branch, text, ancestors).await? {
                     Put::New | Put::SameContent | Put::BesideDamaged { .. } => {}
                     Put::Conflict(_) => {
                         let cluster = self.cluster.clone();
-                        return Err(ArchiveError::OtherHistoryFile { cluster, timeline: *timeline });
+                        return Err(ArchiveError::OtherHistoryFile { cluster, timeline: branch.timeline });
                     }
                 }
             }

@@ -106,6 +106,18 @@ pub enum BackupError {
         /// What is missing.
         hole: Hole,
     },
+    /// Several histories of the timeline are archived, and which of them the server writes cannot be told.
+    #[error(
+        "base backup {label} cannot be completed: several histories of timeline {timeline} are archived, and this key, or \
+         what the server still has, does not tell which one the backup is of.\n\
+         hint: take it where the key of the repository can read"
+    )]
+    WhichHistory {
+        /// The backup.
+        label: BackupLabel,
+        /// The timeline.
+        timeline: TimelineId,
+    },
     /// The caller said stop.
     #[error("stopped before the base backup was complete; what it stored is referenced by nothing")]
     Cancelled,
@@ -130,7 +142,7 @@ impl BackupError {
             | Self::WalMissing { .. }
             | Self::Cancelled
             | Self::Task(_) => true,
-            Self::ForeignCluster { .. } | Self::Name { .. } => false,
+            Self::ForeignCluster { .. } | Self::Name { .. } | Self::WhichHistory { .. } => false,
         }
     }
 

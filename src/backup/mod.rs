@@ -41,14 +41,18 @@ use crate::catalog::layout::ClusterObject;
 use crate::catalog::records::{BackupInfo, BackupStart, Manifest, ServerParameters};
 use crate::catalog::{CatalogError, Repository};
 use crate::pg::control_file::ControlFile;
-use crate::pg::{BackupEvent, BaseBackup, BaseBackupOptions, CheckpointSpeed, ConnInfo, ConnectOptions, Replication};
+use crate::pg::{
+    BackupEvent, BaseBackup, BaseBackupOptions, CheckpointSpeed, ConnInfo, ConnectOptions, Replication, segment_digest,
+};
 use crate::seal::BlockTagger;
-use crate::types::{BackupLabel, Branch, ClusterId, ClusterName, Lsn, TimelineId};
+use crate::types::{BackupLabel, ClusterId, ClusterName, Digest, Lsn, SegmentSize, TimelineId};
 
 /// How many names are tried, one a second, before we give up.
 const LABELS: u32 = 10;
 /// How many bytes arrive between two reports of progress.
 const REPORT_EVERY: u64 = 4 << 20;
+/// How long the server has for sending the segment that the backup ends in.
+const DIGEST_DEADLINE: Duration = Duration::from_secs(300);
 /// What is kept of the server's words about damaged pages.
 const MAX_REASON_CHARS: usize = 2000;
 
@@ -174,13 +178,14 @@ async fn prepare(
     let taken = take(server, repository, &cluster, label, progress).await?;
     let Taken { start, stop, timeline, received, flagged, server_version } = taken;
     let stopped_at = repository.now();
-    let branch = Branch::first(timeline);
     let segment_size = received.control.segment_size;
-    let needed = Needed { cluster: cluster.clone(), label, branch, start, stop, segment_size };
+    // Now, while the server certainly has it.
+    let digest = digest_before(source, &cluster, timeline, stop, segment_size).await;
+    let needed = Needed { cluster: cluster.clone(), label, timeline, digest, start, stop, segment_size };
     let tell = |reached| {
         progress.send_modify(|progress| progress.phase = BackupPhase::WaitingForWal { stop, reached });
     };
-    wal::wait(repository, &needed, tell).await?;
+    let branch = wal::wait(repository, &needed, tell).await?;
 
     let Received { stored, control, tablespaces, files, bytes } = received;
     let backup = BackupInfo {
@@ -252,6 +257,26 @@ async fn begin(
     };
     let server = replication.base_backup(&options).await?;
     Ok(Begun { cluster, start, server })
+}
+
+/// What the server has before `stop`, in that segment: by it its history is known among those that are archived.
+async fn digest_before(
+    source: &BackupSource,
+    cluster: &ClusterId,
+    timeline: TimelineId,
+    stop: Lsn,
+    size: SegmentSize,
+) -> Option<Digest> {
+    let start = stop.segment_before(size).start(size);
+    let asked = segment_digest(&source.conninfo, &source.connect, timeline, start, stop);
+    match tokio::time::timeout(DIGEST_DEADLINE, asked).await {
+        Ok(Ok((identity, digest))) => digest.filter(|_| identity.system == cluster.system),
+        Ok(Err(error)) => {
+            tracing::warn!(%cluster, %error, "the server was asked for its newest WAL, to compare it with the archive");
+            None
+        }
+        Err(_) => None,
+    }
 }
 
 /// Finds a name that nobody has and takes it.

@@ -9,7 +9,9 @@ use std::fmt;
 
 use super::layout::CopyToken;
 use super::records::{BackupInfo, GapReason, GapRecord, WalRangeNote};
-use crate::types::{BackupLabel, Branch, ClusterId, Lsn, SegmentNumber, SegmentSize, TimelineHistory, TimelineId};
+use crate::types::{
+    BackupLabel, Branch, ClusterId, Lineage, Lsn, SegmentNumber, SegmentSize, TimelineHistory, TimelineId,
+};
 
 /// Everything that one repository holds of one cluster.
 #[derive(Debug, Clone)]
@@ -48,6 +50,8 @@ pub struct BranchInventory {
     pub branch: Branch,
     /// Its history file; `None` for timeline 1, which has none, and where it is missing.
     pub history: Option<TimelineHistory>,
+    /// Which branches its ancestors are.
+    pub ancestors: Lineage,
     /// Its WAL, sorted by position. Copies of one range are listed each.
     pub pieces: Vec<WalPiece>,
     /// The note of the piece that reaches furthest.
@@ -162,7 +166,8 @@ fn join(pieces: impl Iterator<Item = (Lsn, Lsn)>) -> Vec<Run> {
 impl BranchInventory {
     /// A branch of which nothing is known yet.
     pub fn new(branch: Branch) -> BranchInventory {
-        BranchInventory { branch, history: None, pieces: Vec::new(), note_of_newest: None }
+        let ancestors = Lineage::default();
+        BranchInventory { branch, history: None, ancestors, pieces: Vec::new(), note_of_newest: None }
     }
 
     /// The branch's ancestry; that of a root where there is no history file.
@@ -232,11 +237,23 @@ impl ClusterInventory {
         if branch.timeline == TimelineId::FIRST {
             return Some(TimelineHistory::root(branch.timeline));
         }
-        if branch.ordinal != 0 {
-            return None; // descendants name timelines, not branches: they are taken to mean the first
+        let descends = |other: &&BranchInventory| other.ancestors.branch(branch.timeline) == branch;
+        let histories = self.branches.values().filter(descends).filter_map(|branch| branch.history.as_ref());
+        histories
+            .filter(|history| history.timeline() != branch.timeline)
+            .find_map(|history| history.ancestor_history(branch.timeline))
+    }
+
+    /// Which branches the way to `tip` uses: its ancestors, and itself.
+    pub fn lineage_of(&self, tip: Branch) -> Lineage {
+        if let Some(known) = self.branches.get(&tip).filter(|known| known.history.is_some()) {
+            return known.ancestors.clone().with(tip);
         }
-        let histories = self.branches.values().filter_map(|branch| branch.history.as_ref());
-        histories.filter_map(|history| history.ancestor_history(branch.timeline)).next()
+        // A lost history file: as its descendants tell.
+        let descends =
+            |other: &&BranchInventory| other.history.is_some() && other.ancestors.branch(tip.timeline) == tip;
+        let named = self.branches.values().filter(|other| other.branch.timeline > tip.timeline).find(descends);
+        named.map(|other| other.ancestors.before(tip.timeline)).unwrap_or_default().with(tip)
     }
 
     /// The frontier of a branch: the end of its contiguous WAL, `None` where there is none that counts. A child counts
@@ -247,7 +264,7 @@ impl ClusterInventory {
         let own = self.branches.get(&branch)?.frontier(size, &self.gaps)?;
         let path = self.path_of(branch)?;
         let Some(parent) = path.ancestors().last() else { return Some(own) };
-        let parent_branch = Branch::first(parent.timeline);
+        let parent_branch = self.lineage_of(branch).branch(parent.timeline);
         let has_wal = self.branches.get(&parent_branch).is_some_and(|parent| !parent.pieces.is_empty());
         if !has_wal {
             return Some(own);
@@ -258,19 +275,19 @@ impl ClusterInventory {
 
     /// Is every byte of `[from, to)` on this path there? Where to read it, in order; or the first hole.
     ///
-    /// `path` is a timeline's history; its timelines are taken to be first branches. See [`Self::covers_on`].
+    /// `path` is the history of a timeline's first branch. See [`Self::covers_on`].
     pub fn covers(&self, path: &TimelineHistory, from: Lsn, to: Lsn) -> Result<Vec<Stretch>, Hole> {
         self.covers_on(Branch::first(path.timeline()), path, from, to)
     }
 
-    /// [`Self::covers`] for a tip that may be a second history of its timeline; ancestors are first branches.
+    /// [`Self::covers`] for a tip that may be a second history of its timeline, as may its ancestors.
     ///
     /// A byte of a timeline counts as there when its own branch holds it, or when a later timeline of the path that
     /// forked off within the same segment does: PostgreSQL copies what came before the fork into the child's segment.
     pub fn covers_on(&self, tip: Branch, path: &TimelineHistory, from: Lsn, to: Lsn) -> Result<Vec<Stretch>, Hole> {
+        let lineage = self.lineage_of(tip);
         let hole = |at: Lsn, next: Lsn| {
-            let timeline = path.timeline_at(at);
-            let branch = if timeline == tip.timeline { tip } else { Branch::first(timeline) };
+            let branch = lineage.branch(path.timeline_at(at));
             let recorded = self.gaps.iter().find(|gap| gap.branch == branch && gap.from <= at && at < gap.to);
             Hole { branch, from: at, to: next, reason: recorded.map(|gap| gap.reason) }
         };
@@ -280,7 +297,7 @@ impl ClusterInventory {
         // What each timeline of the path may serve, newest first.
         let mut servers: Vec<(Branch, Vec<Run>)> = Vec::new();
         for (timeline, begin, end) in path.path().into_iter().rev() {
-            let branch = if timeline == tip.timeline { tip } else { Branch::first(timeline) };
+            let branch = lineage.branch(timeline);
             let (first, end) = (begin.segment_start(size), end.unwrap_or(Lsn::new(u64::MAX)));
             let runs = self.branches.get(&branch).map(|branch| branch.runs(size)).unwrap_or_default();
             let within = runs.into_iter().map(|run| Run { from: run.from.max(first), to: run.to.min(end) });

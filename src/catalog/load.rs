@@ -95,8 +95,8 @@ impl Repository {
             if inventory.branches.get(&branch).is_some_and(|known| known.history.is_some()) {
                 continue; // a copy of one that was read
             }
-            let text = match self.get_history(cluster, branch).await {
-                Ok(Some(text)) => text,
+            let (text, ancestors) = match self.get_history_of(cluster, branch).await {
+                Ok(Some(history)) => history,
                 Ok(None) => continue,
                 Err(error) => {
                     self.note_damage(inventory, object.key.as_str(), error)?;
@@ -106,7 +106,7 @@ impl Repository {
             match TimelineHistory::parse(branch.timeline, &text) {
                 Ok(history) => {
                     let entry = inventory.branches.entry(branch).or_insert_with(|| BranchInventory::new(branch));
-                    entry.history = Some(history);
+                    (entry.history, entry.ancestors) = (Some(history), ancestors);
                 }
                 Err(error) => {
                     let (name, reason) = (object.key.to_string(), error.to_string());

@@ -254,7 +254,8 @@ impl Repository {
         if path.timeline() != branch.timeline || fork.left_at.segment(size) != segment || offset == 0 {
             return Ok(None);
         }
-        let parent = Branch::first(fork.timeline);
+        let ancestors = self.get_history_of(cluster, branch).await?.map(|(_, ancestors)| ancestors);
+        let parent = ancestors.unwrap_or_default().branch(fork.timeline);
         let its_path = path.ancestor_history(fork.timeline);
         let read = Box::pin(self.read_segment(cluster, parent, segment, size, its_path.as_ref())).await?;
         let mut bytes = read.bytes;

@@ -119,6 +119,9 @@ pub struct FileNote {
     pub writer: Id128,
     /// Digest of the file's bytes.
     pub digest: Digest,
+    /// Of a history file: those of its ancestors that are not their timeline's first history.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ancestors: Vec<Branch>,
     /// Only in an object under `conflict/`: what it could not stand beside.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub conflict: Option<ConflictNote>,

@@ -18,7 +18,7 @@ use super::repository::{Repository, WritingKey, is_data, kind_of, name_of, rando
 use super::weak::{Puts, own_name};
 use crate::seal::{Codec, FrameKey, Kind, ObjectSealer, SequentialSealer, open_whole};
 use crate::store::{Body, Created, StoreError, Tail};
-use crate::types::{Branch, ClusterId, Digest, Id128, SegmentNumber, SegmentSize};
+use crate::types::{Branch, ClusterId, Digest, Id128, Lineage, SegmentNumber, SegmentSize};
 
 /// Most bytes of WAL in one object: a larger segment is put in parts.
 pub const MAX_RANGE: u32 = 64 << 20;
@@ -468,7 +468,7 @@ impl Repository {
     /// # Errors
     /// What the store says.
     pub async fn put_history(&self, cluster: &ClusterId, branch: Branch, text: &[u8]) -> Result<Put, CatalogError> {
-        self.put_file(cluster, branch, ClusterObject::History(branch), Disputed::History, text).await
+        self.put_history_of(cluster, branch, text, &Lineage::default()).await
     }
 
     /// Keeps a `.partial` or `.backup` file under a name of its own, where nothing reads it as a segment.
@@ -483,18 +483,19 @@ impl Repository {
         bytes: &[u8],
     ) -> Result<Put, CatalogError> {
         let object = ClusterObject::WalFile(branch, file.clone());
-        self.put_file(cluster, branch, object, Disputed::File(file.clone()), bytes).await
+        self.put_file(cluster, branch, object, Disputed::File(file.clone()), bytes, Vec::new()).await
     }
 
-    async fn put_file(
+    pub(super) async fn put_file(
         &self,
         cluster: &ClusterId,
         branch: Branch,
         object: ClusterObject,
         disputed: Disputed,
         bytes: &[u8],
+        ancestors: Vec<Branch>,
     ) -> Result<Put, CatalogError> {
-        let note = FileNote { writer: self.writer(), digest: Digest::of(bytes), conflict: None };
+        let note = FileNote { writer: self.writer(), digest: Digest::of(bytes), ancestors, conflict: None };
         let name = name_of(cluster, object.clone());
         let mut writer = self.seal_object(cluster, object).await?;
         writer.push(bytes)?;

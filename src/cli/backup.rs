@@ -141,8 +141,8 @@ struct Taken<'a> {
 
 /// Whether the backup is in another repository of the cluster.
 #[derive(Debug, Serialize)]
-struct CopyOf {
-    repository: String,
+pub(super) struct CopyOf {
+    pub(super) repository: String,
     copied: bool,
     /// Why not.
     why: Option<String>,
@@ -161,7 +161,7 @@ impl CopyOf {
 
 /// Where a backup goes: `--repository`, or the first of the cluster's repositories that answers. Those before it that do
 /// not are said.
-async fn first_that_answers(
+pub(super) async fn first_that_answers(
     context: &Context,
     config: &Config,
     cluster: &ClusterConfig,
@@ -192,7 +192,7 @@ async fn first_that_answers(
 }
 
 /// Copies the backup, and the WAL that it needs, to another repository; or says why not.
-async fn copy_to(
+pub(super) async fn copy_to(
     context: &Context,
     from: &Repository,
     to: &RepositoryConfig,
@@ -269,7 +269,7 @@ async fn take_while_archiving(
     }
 }
 
-fn backup_error(error: BackupError) -> CliError {
+pub(super) fn backup_error(error: BackupError) -> CliError {
     match error {
         BackupError::Server(error) => open::server_error(error),
         BackupError::Repository(error) => open::repository_error(error),

@@ -10,9 +10,9 @@ use serde::Serialize;
 
 use super::output::{self, Align, Table};
 use super::several::{Away, open_all};
-use super::standing::{Standing, lags};
+use super::standing::{Standing, lags, missing};
 use super::{CliError, Context, Exit, open};
-use crate::catalog::inventory::{BranchInventory, ClusterInventory, DamagedObject};
+use crate::catalog::inventory::{BranchInventory, ClusterInventory, DamagedObject, Hole};
 use crate::catalog::records::{BackupInfo, GapReason};
 use crate::catalog::{CatalogError, Repository};
 use crate::types::{BackupLabel, Branch, ClusterName, Lsn, PgTimestamp, SegmentSize, SystemId};
@@ -25,13 +25,20 @@ const LOOK_BACK: usize = 4;
 /// `pgkeep list`: clusters, base backups, WAL per timeline, and the newest instant that can be restored.
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
+With --gaps: what is missing of the WAL behind the oldest base backup, on every branch, and why.
+
 Example:
   pgkeep list
+  pgkeep list --gaps
   pgkeep list --json | jq '.clusters[].backups[].label'")]
-pub struct Args {}
+pub struct Args {
+    /// Show only what is missing of the WAL behind the oldest base backup
+    #[arg(long)]
+    pub gaps: bool,
+}
 
 /// Runs the command.
-pub async fn run(context: &Context, _args: Args) -> Result<Exit, CliError> {
+pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
     let config = context.config()?;
     // Without any choice: every repository, and all that is in each.
     let (places, cluster) = match (context.cluster_name(), context.repository_name()) {
@@ -66,7 +73,11 @@ pub async fn run(context: &Context, _args: Args) -> Result<Exit, CliError> {
         if number > 0 {
             context.output.line("");
         }
-        show(context, cluster);
+        if args.gaps {
+            show_holes(context, cluster);
+        } else {
+            show(context, cluster);
+        }
     }
     for away in &document.away {
         context.output.line(format!("Repository {} is left out: {}", away.repository, away.why));
@@ -89,9 +100,9 @@ async fn held(
             None => repository.clusters().await?,
         };
         for id in ids {
-            let inventory = repository.load(&id).await?;
+            let (inventory, holes) = missing(repository, &id).await?;
             let mut standing = Standing::of(repository.name(), &inventory);
-            let line = summary(repository, &inventory, &mut standing).await?;
+            let line = summary(repository, &inventory, holes, &mut standing).await?;
             lines.push((line, standing));
         }
         Ok(())
@@ -160,7 +171,10 @@ struct Cluster {
     backups: Vec<BackupLine>,
     unfinished_backups: Vec<BackupLabel>,
     branches: Vec<BranchLine>,
+    /// Recorded gaps, whether or not anything is promised there.
     gaps: Vec<GapLine>,
+    /// What is missing behind the oldest base backup.
+    holes: Vec<HoleLine>,
     damaged: Vec<Damaged>,
     /// Names that this version does not understand.
     unknown: Vec<String>,
@@ -221,6 +235,17 @@ struct GapLine {
 }
 
 #[derive(Debug, Serialize)]
+struct HoleLine {
+    branch: Branch,
+    from: Lsn,
+    to: Lsn,
+    /// `null` where nobody recorded it.
+    reason: Option<GapReason>,
+    #[serde(skip)]
+    text: String,
+}
+
+#[derive(Debug, Serialize)]
 struct Damaged {
     name: String,
     reason: String,
@@ -233,6 +258,7 @@ fn as_text<S: serde::Serializer>(system: &SystemId, serializer: S) -> Result<S::
 async fn summary(
     repository: &Repository,
     inventory: &ClusterInventory,
+    holes: Vec<Hole>,
     standing: &mut Standing,
 ) -> Result<Cluster, CatalogError> {
     let size = inventory.segment_size;
@@ -274,6 +300,13 @@ async fn summary(
             .map(|gap| {
                 let (branch, from, to, reason, noticed_at) = (gap.branch, gap.from, gap.to, gap.reason, gap.noticed_at);
                 GapLine { branch, from, to, reason, noticed_at }
+            })
+            .collect(),
+        holes: holes
+            .into_iter()
+            .map(|hole| {
+                let Hole { branch, from, to, reason } = hole;
+                HoleLine { branch, from, to, reason, text: hole.to_string() }
             })
             .collect(),
         damaged: inventory
@@ -327,8 +360,9 @@ fn restorable(inventory: &ClusterInventory) -> Restorable {
     let (mut best, mut to) = (newest.branch, newest.stop);
     for branch in inventory.branches.keys() {
         let Some(path) = inventory.path_of(*branch) else { continue };
-        let continues =
-            *branch == newest.branch || path.left_at(newest.timeline).is_some_and(|fork| fork >= newest.stop);
+        let descends = inventory.lineage_of(*branch).branch(newest.timeline) == newest.branch;
+        let continues = *branch == newest.branch
+            || (descends && path.left_at(newest.timeline).is_some_and(|fork| fork >= newest.stop));
         // Contiguous from the backup on: the end of the first hole is found by asking for more than there can be.
         let end = match inventory.covers_on(*branch, &path, newest.stop, Lsn::new(u64::MAX)) {
             Err(hole) => hole.from,
@@ -499,6 +533,24 @@ fn show(context: &Context, cluster: &Cluster) {
     if let Some(first) = cluster.unknown.first() {
         let count = output::count(cluster.unknown.len() as u64, "object");
         output.line(format!("  {count} of unknown names, left alone; the first is {first}"));
+    }
+}
+
+fn show_holes(context: &Context, cluster: &Cluster) {
+    let output = &context.output;
+    output.line(format!("Cluster {} in repository {}", cluster.cluster, cluster.repository));
+    match (cluster.holes.as_slice(), cluster.backups.first()) {
+        (_, None) => output.line("  There is no base backup yet, so nothing is promised."),
+        ([], Some(oldest)) => {
+            output.line(format!("  No WAL is missing behind the oldest base backup, {}.", oldest.label))
+        }
+        (holes, Some(oldest)) => {
+            output.line(format!("  Missing behind the oldest base backup, {}:", oldest.label));
+            for hole in holes {
+                let unknown = if hole.reason.is_none() { "; no cause was recorded" } else { "" };
+                output.line(format!("  {}{unknown}", hole.text));
+            }
+        }
     }
 }
 

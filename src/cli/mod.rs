@@ -11,6 +11,7 @@ mod context;
 mod error;
 pub mod exit;
 mod logging;
+mod mend;
 pub mod open;
 pub mod output;
 mod place;

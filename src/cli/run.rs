@@ -2,14 +2,20 @@
 
 use tokio::sync::watch;
 
+use futures_util::FutureExt;
+use futures_util::future::join_all;
+
+use super::mend::Backups;
 use super::{CliError, Context, Exit, bucket, open, stop_on_signal};
 use crate::archive::ClusterStatus;
 use crate::daemon;
+use crate::daemon::mend::mend;
 
 /// `pgkeep run`: the daemon. Archives the WAL of all clusters until a signal.
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
-Streams until SIGTERM or SIGINT, then seals what it has and exits. It keeps no state of its own: stopped or killed at \
+Streams until SIGTERM or SIGINT, then seals what it has and exits. Where WAL was lost, or another history begins, it takes \
+a base backup by itself. It keeps no state of its own: stopped or killed at \
 any moment, it goes on where the repository ends. With --cluster it serves that cluster alone.
 
 Example:
@@ -20,14 +26,26 @@ pub struct Args {}
 pub async fn run(context: &Context, _args: Args) -> Result<Exit, CliError> {
     let config = context.config()?;
     let stop = stop_on_signal()?;
-    let mut jobs = Vec::new();
+    let (mut jobs, mut menders) = (Vec::new(), Vec::new());
     let clusters = config.clusters(context.cluster_name())?;
     let _cleaning = bucket::clean_stale_uploads(bucket::repositories_of(&config, clusters.iter().copied()));
     for cluster in clusters {
-        jobs.push((open::job(&config, cluster).await?, watch::Sender::new(ClusterStatus::default())));
+        let (job, status) = (open::job(&config, cluster).await?, watch::Sender::new(ClusterStatus::default()));
+        menders.push((Backups::new(context, &config, cluster, job.source.clone()), status.subscribe()));
+        jobs.push((job, status));
     }
+    let mending = menders.iter().map(|(backups, status)| mend(backups, status.clone(), stop.clone()));
+    let mending = async {
+        join_all(mending).await;
+        std::future::pending::<()>().await;
+    };
+    let ended = tokio::select! {
+        ended = daemon::run(jobs, stop.clone()) => ended,
+        // A base backup that is under way when nobody archives any more is given up.
+        () = mending.boxed_local() => Vec::new(), // not reached
+    };
     let mut worst = None;
-    for ended in daemon::run(jobs, stop).await {
+    for ended in ended {
         if let Err(error) = ended.result {
             let error = open::archive_error(error).context(format!("archive cluster {}", ended.cluster));
             let is_worse = worst.as_ref().is_none_or(|worst: &CliError| error.exit().code() > worst.exit().code());

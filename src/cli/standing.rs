@@ -1,10 +1,36 @@
-//! How far each repository of a cluster is, and how far behind the best one. Pure.
+//! How far each repository of a cluster is, how far behind the best one, and what it lacks.
+
+use std::time::Duration;
 
 use jiff::Timestamp;
 
 use super::output;
-use crate::catalog::inventory::ClusterInventory;
-use crate::types::{Branch, Lsn, PgTimestamp, SegmentSize};
+use crate::catalog::inventory::{ClusterInventory, Hole};
+use crate::catalog::{CatalogError, Repository};
+use crate::plan::holes;
+use crate::types::{Branch, ClusterId, Lsn, PgTimestamp, SegmentSize};
+
+/// A hole that nobody recorded is looked at again after this: while WAL arrives, pieces overtake each other.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// A picture of what a repository holds, and the holes behind the oldest base backup.
+pub(super) async fn missing(
+    repository: &Repository,
+    id: &ClusterId,
+) -> Result<(ClusterInventory, Vec<Hole>), CatalogError> {
+    let inventory = repository.load(id).await?;
+    let found = holes(&inventory);
+    if found.iter().all(|hole| hole.reason.is_some()) {
+        return Ok((inventory, found));
+    }
+    tokio::time::sleep(AGAIN).await;
+    let inventory = repository.load(id).await?;
+    let was_there =
+        |hole: &Hole| found.iter().any(|earlier| (earlier.branch, earlier.from) == (hole.branch, hole.from));
+    let mut holes = holes(&inventory);
+    holes.retain(|hole| hole.reason.is_some() || was_there(hole));
+    Ok((inventory, holes))
+}
 
 /// What a repository holds of a cluster, in short.
 #[derive(Debug, Clone, PartialEq, Eq)]

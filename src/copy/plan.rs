@@ -250,12 +250,12 @@ impl Planner<'_> {
         self.histories(|_| true); // a server chooses its next timeline by them
         // A branch is followed from the oldest of these backups that leads to it.
         let from = |branch: Branch| {
-            let path = source.inventory.path_of(branch)?;
+            let (path, lineage) = (source.inventory.path_of(branch)?, source.inventory.lineage_of(branch));
             let leads = |backup: &&&BackupInfo| {
                 backup.branch == branch
                     || path
                         .left_at(backup.timeline)
-                        .is_some_and(|left| backup.branch == Branch::first(backup.timeline) && backup.stop <= left)
+                        .is_some_and(|left| backup.branch == lineage.branch(backup.timeline) && backup.stop <= left)
             };
             wanted.iter().find(leads).map(|backup| backup.start)
         };
@@ -267,7 +267,8 @@ impl Planner<'_> {
                 // An ancestor's WAL is needed from the backup on; positions do not go back from parent to child.
                 let leads_to = branches.iter().filter(|other| {
                     let path = source.inventory.path_of(**other);
-                    *other == branch || (branch.ordinal == 0 && path.is_some_and(|path| path.contains(branch.timeline)))
+                    let is_meant = source.inventory.lineage_of(**other).branch(branch.timeline) == *branch;
+                    *other == branch || (is_meant && path.is_some_and(|path| path.contains(branch.timeline)))
                 });
                 let begin = leads_to.filter_map(|other| from(*other)).min()?.segment_start(size);
                 Some((*branch, begin, ends.get(branch).copied().unwrap_or(Lsn::new(u64::MAX))))

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::catalog::inventory::{ClusterInventory, Hole, Stretch};
 use crate::catalog::records::{BackupInfo, GapReason};
-use crate::types::{BackupLabel, Branch, Lsn, ParseError, SegmentSize, TimelineHistory, TimelineId};
+use crate::types::{BackupLabel, Branch, Lineage, Lsn, ParseError, SegmentSize, TimelineHistory, TimelineId};
 
 /// Which timeline to follow: `recovery_target_timeline`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -33,7 +33,7 @@ impl FromStr for TimelineChoice {
     type Err = ParseError;
 
     /// `latest`, `current`, a decimal number as PostgreSQL takes it (`2`), or a branch as we show it (`00000002`,
-    /// `00000002.1`), which means exactly that one.
+    /// `00000002.1`), which means exactly that one; `2.1` is short for it.
     fn from_str(text: &str) -> Result<Self, ParseError> {
         let error = || ParseError::new("a timeline: latest, current, a number, or a branch such as 00000002.1", text);
         match text {
@@ -43,6 +43,10 @@ impl FromStr for TimelineChoice {
         }
         if text.len() >= 8 {
             return text.parse().map(Self::Branch).map_err(|_| error());
+        }
+        if let Some((timeline, ordinal)) = text.split_once('.') {
+            let timeline = timeline.parse().ok().and_then(TimelineId::new).ok_or_else(error)?;
+            return format!("{timeline}.{ordinal}").parse().map(Self::Branch).map_err(|_| error());
         }
         let plain = text.bytes().all(|b| b.is_ascii_digit());
         plain.then(|| text.parse().ok().and_then(TimelineId::new)).flatten().map(Self::Number).ok_or_else(error)
@@ -65,23 +69,21 @@ pub struct Options {
 pub struct Path {
     /// The newest branch of the path.
     pub tip: Branch,
-    /// Its ancestry. Ancestors are first branches: a history file names timelines only.
+    /// Its ancestry.
     pub history: TimelineHistory,
+    /// Which branches these timelines are.
+    pub lineage: Lineage,
 }
 
 impl Path {
     /// The path to a branch; `None` if its history file is missing (and none of its descendants' tells it).
     pub fn of(inventory: &ClusterInventory, tip: Branch) -> Option<Path> {
-        Some(Path { tip, history: inventory.path_of(tip)? })
+        Some(Path { tip, history: inventory.path_of(tip)?, lineage: inventory.lineage_of(tip) })
     }
 
     /// The branch of this path that has this timeline number.
     pub fn branch_of(&self, timeline: TimelineId) -> Option<Branch> {
-        match self.history.contains(timeline) {
-            true if timeline == self.tip.timeline => Some(self.tip),
-            true => Some(Branch::first(timeline)),
-            false => None,
-        }
+        self.history.contains(timeline).then(|| self.lineage.branch(timeline))
     }
 
     /// The branch whose bytes lie at a position.
@@ -97,7 +99,8 @@ impl Path {
 
     /// The path's beginning, up to one of its timelines.
     pub fn up_to(&self, timeline: TimelineId) -> Option<Path> {
-        Some(Path { tip: self.branch_of(timeline)?, history: self.history.ancestor_history(timeline)? })
+        let (tip, history) = (self.branch_of(timeline)?, self.history.ancestor_history(timeline)?);
+        Some(Path { tip, history, lineage: self.lineage.before(timeline).with(tip) })
     }
 
     /// Does it use this branch?
@@ -339,7 +342,8 @@ pub fn rivals(inventory: &ClusterInventory, tip: Branch) -> Vec<Branch> {
 /// The path to a timeline that was named.
 pub fn named_path(inventory: &ClusterInventory, branch: Branch) -> Result<Path, NoPath> {
     let is_ancestor = inventory.branches.values().any(|other| {
-        other.history.as_ref().is_some_and(|history| branch.ordinal == 0 && history.contains(branch.timeline))
+        let is_meant = other.ancestors.clone().with(other.branch).branch(branch.timeline) == branch;
+        other.history.as_ref().is_some_and(|history| is_meant && history.contains(branch.timeline))
     });
     if !inventory.branches.contains_key(&branch) && !is_ancestor {
         return Err(NoPath::Unknown(branch.to_string()));

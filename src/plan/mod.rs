@@ -19,6 +19,7 @@
 pub mod chain;
 pub mod choose;
 pub mod explain;
+pub mod holes;
 #[cfg(test)]
 mod model;
 pub mod outcome;
@@ -32,6 +33,7 @@ use std::collections::VecDeque;
 use jiff::{SignedDuration, Timestamp};
 
 pub use chain::{Chain, Options, Path, TimelineChoice};
+pub use holes::{Need, holes, needs_backup};
 pub use outcome::{Fetch, NoKind, PathPart, PlanError, Reachable, RestorePlan, Stop, WalNeed};
 pub use search::{EndOfWal, Reading, Seen, StopAt, TransactionEnd};
 pub use target::{Point, Reading as TargetReading, Target, TargetError};

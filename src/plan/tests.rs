@@ -313,9 +313,14 @@ fn a_timeline_that_is_not_known_or_has_no_history_is_refused() {
     inventory.branches.get_mut(&branch("00000002")).unwrap().history = None;
     assert_eq!(simply(&inventory, &child, Point::Latest, false).unwrap_err().kind, NoKind::MissingHistory);
     assert!(ask(&inventory, &child, &target(Point::Immediate, false), &options("current"), None).is_ok());
-    assert!(["", "0", "x", "2.1", "-1", "00000000"].into_iter().all(|text| text.parse::<TimelineChoice>().is_err()));
+    assert!(
+        ["", "0", "x", "2.", "2.0", "0.1", "-1", "00000000"]
+            .into_iter()
+            .all(|text| text.parse::<TimelineChoice>().is_err())
+    );
     let two = TimelineChoice::Number(TimelineId::new(2).unwrap());
     assert_eq!("2".parse::<TimelineChoice>().ok(), Some(two));
+    assert_eq!("2.1".parse::<TimelineChoice>(), "00000002.1".parse::<TimelineChoice>());
 }
 
 #[test]

@@ -6,6 +6,7 @@
 mod cluster;
 mod digest;
 mod history;
+mod lineage;
 mod lsn;
 mod segment;
 mod time;
@@ -14,6 +15,7 @@ mod timeline;
 pub use cluster::{BackupLabel, ClusterId, ClusterName, SystemId};
 pub use digest::{Digest, Id128, SegmentHasher};
 pub use history::{HistoryEntry, TimelineHistory};
+pub use lineage::Lineage;
 pub use lsn::Lsn;
 pub use segment::{SegmentNumber, SegmentSize, WalFileName};
 pub use time::PgTimestamp;

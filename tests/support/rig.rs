@@ -110,6 +110,17 @@ impl Rig {
         self.write_config();
     }
 
+    /// Where the cluster's WAL comes from, from the next command on.
+    pub fn follow(&mut self, conninfo: &str) {
+        self.conninfo = conninfo.to_owned();
+        self.write_config();
+    }
+
+    /// What the archiver has logged since it was started.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.path("run.log")).unwrap_or_default()
+    }
+
     fn write_config(&self) {
         let mut text = String::new();
         for (name, key) in &self.repositories {
@@ -182,10 +193,16 @@ impl Rig {
 
     /// Waits until a transaction's end is archived in `main`.
     pub fn wait_for(&self, xid: &str) {
+        self.wait_for_on(xid, "latest");
+    }
+
+    /// The same, on a timeline.
+    pub fn wait_for_on(&self, xid: &str, timeline: &str) {
         let to = format!("xid:{xid}");
         let since = Instant::now();
         loop {
-            let plan = self.run(&["plan", "--repository", "main", "--cluster", "main", "--to", &to]);
+            let of = ["plan", "--repository", "main", "--cluster", "main", "--timeline", timeline, "--to", &to];
+            let plan = self.run(&of);
             if plan.code == Some(0) {
                 return;
             }

@@ -8,10 +8,10 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::judge::{self, Archive, Item, Ours, Server, Slot, Sql};
 use crate::archive::Source;
-use crate::catalog::records::{GapReason, GapRecord};
+use crate::catalog::inventory::Hole;
 use crate::catalog::{CatalogError, Repository};
 use crate::cli::advice::{Tried, advise};
-use crate::cli::standing::Standing;
+use crate::cli::standing::{Standing, missing};
 use crate::cli::{bucket, open};
 use crate::config::ClusterConfig;
 use crate::pg::{ConnectOptions, PgError, Replication, Session, quote_literal};
@@ -232,22 +232,11 @@ pub(super) async fn archive(
     };
     let Some(id) = wanted else { return Ok(Archive { systems, ..Archive::default() }) };
     let id: &ClusterId = id;
-    let inventory = repository.load(id).await?;
+    let (inventory, holes) = missing(repository, id).await?;
     let newest = inventory.backups.iter().rev().find(|backup| backup.flagged.is_none());
     let since = newest.map_or(Lsn::ZERO, |backup| backup.start);
-    // One that was filled since, from another repository, is none any more.
-    let is_filled = |gap: &&GapRecord| {
-        if gap.reason == GapReason::Damaged {
-            return false;
-        }
-        let runs = inventory.branches.get(&gap.branch).zip(inventory.segment_size).map(|(b, size)| b.runs(size));
-        runs.is_some_and(|runs| runs.iter().any(|run| run.from <= gap.from && gap.to <= run.to))
-    };
-    let gaps = inventory.gaps.iter().filter(|gap| gap.to > since && !is_filled(gap));
-    let gaps = gaps.map(|gap| {
-        let what = if gap.reason == GapReason::Damaged { "came damaged from the server" } else { "is missing" };
-        format!("WAL of branch {} from {} to {} {what}", gap.branch, gap.from, gap.to)
-    });
+    let (behind, before): (Vec<Hole>, Vec<Hole>) = holes.into_iter().partition(|hole| hole.to > since);
+    let sentences = |holes: Vec<Hole>| holes.iter().map(Hole::to_string).collect();
     Ok(Archive {
         systems,
         segment_size: inventory.segment_size,
@@ -255,7 +244,8 @@ pub(super) async fn archive(
         behind: None,
         newest_backup: newest.map(|backup| (backup.label, backup.stopped_at)),
         unfinished_backups: inventory.unfinished_backups.len(),
-        gaps: gaps.collect(),
+        gaps: sentences(behind),
+        older_gaps: sentences(before),
         damaged: inventory.damaged.len(),
     })
 }

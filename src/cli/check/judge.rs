@@ -130,8 +130,10 @@ pub(super) struct Archive {
     pub behind: Option<Lag>,
     pub newest_backup: Option<(BackupLabel, Timestamp)>,
     pub unfinished_backups: usize,
-    /// Sentences: gaps and holes behind the newest base backup.
+    /// Sentences: holes behind the newest base backup.
     pub gaps: Vec<String>,
+    /// And those between the oldest one and the newest.
+    pub older_gaps: Vec<String>,
     pub damaged: usize,
 }
 
@@ -409,9 +411,19 @@ pub(super) fn archive(archive: &Archive, server: Option<&Server>, now: Timestamp
         gaps => Item::not_ok(
             "WAL",
             format!("{}: instants behind cannot be restored from the base backups before", gaps.join("; ")),
-            "take a base backup: `pgkeep backup`",
+            "`pgkeep run` takes a base backup by itself when it finds one; without it: `pgkeep backup`",
         ),
     });
+    if !archive.older_gaps.is_empty() {
+        items.push(Item::warn(
+            "older WAL",
+            format!(
+                "{}: instants behind, up to the next base backup, cannot be restored",
+                archive.older_gaps.join("; ")
+            ),
+            "nothing brings it back; `pgkeep list --gaps` shows it until the base backups before it are gone",
+        ));
+    }
     if archive.damaged > 0 {
         let found = output::count(archive.damaged as u64, "object");
         items.push(Item::not_ok("objects", format!("{found} cannot be used"), "`pgkeep list` names them and says why"));
