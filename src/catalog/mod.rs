@@ -12,6 +12,7 @@
 mod branches;
 pub mod copy;
 mod error;
+pub mod index;
 pub mod inventory;
 mod join;
 pub mod layout;

@@ -22,6 +22,9 @@ pub mod receiver;
 mod record;
 #[cfg(test)]
 mod record_tests;
+mod summary;
+#[cfg(test)]
+mod summary_tests;
 mod tail;
 mod transaction;
 #[cfg(test)]
@@ -32,6 +35,7 @@ pub use decoder::Decoder;
 pub use error::WalDamage;
 pub use page::{PAGE_SIZE, PageHeader, PageWatch};
 pub use record::{BlockRef, Compression, Fork, Fragments, Image, Record, RelFile, rmgr};
+pub use summary::{Changes, End, Kinds, Part, Summarizer, Touched, is_newer, join, kinds, marks, may_be_summarized};
 pub use tail::{WalEnd, pad_open_segment, wal_end};
 pub use transaction::{Checkpoint, Fact, Parameters, WalLevel, fact, may_be_fact};
 pub use version::{WalFormat, format_of_magic, format_of_major};
