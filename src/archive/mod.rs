@@ -14,6 +14,7 @@ pub mod frontier;
 mod lane;
 pub mod lanes;
 mod load;
+pub mod names;
 mod part;
 pub mod push;
 pub mod push_all;

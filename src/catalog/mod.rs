@@ -20,6 +20,7 @@ pub mod load;
 mod prefix;
 pub mod reader;
 pub mod records;
+pub mod relations;
 pub mod repository;
 mod resume;
 pub mod sweep;
