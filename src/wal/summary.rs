@@ -428,14 +428,22 @@ impl Kinds {
         ("delete", Kinds(128)),
         ("aborted", Kinds(256)),
     ];
-    const DROP: Kinds = Kinds(1);
-    const TRUNCATE: Kinds = Kinds(2);
-    const REWRITE: Kinds = Kinds(4);
-    const CREATE: Kinds = Kinds(8);
-    const DDL: Kinds = Kinds(16);
-    const INSERT: Kinds = Kinds(32);
-    const UPDATE: Kinds = Kinds(64);
-    const DELETE: Kinds = Kinds(128);
+    /// Files or a database are gone.
+    pub const DROP: Kinds = Kinds(1);
+    /// A table was emptied by TRUNCATE.
+    pub const TRUNCATE: Kinds = Kinds(2);
+    /// A table was written anew.
+    pub const REWRITE: Kinds = Kinds(4);
+    /// Something was made.
+    pub const CREATE: Kinds = Kinds(8);
+    /// Definitions changed.
+    pub const DDL: Kinds = Kinds(16);
+    /// Rows were inserted.
+    pub const INSERT: Kinds = Kinds(32);
+    /// Rows were updated.
+    pub const UPDATE: Kinds = Kinds(64);
+    /// Rows were deleted.
+    pub const DELETE: Kinds = Kinds(128);
     /// Rolled back.
     pub const ABORTED: Kinds = Kinds(256);
 

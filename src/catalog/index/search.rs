@@ -368,11 +368,17 @@ impl Search<'_> {
 
     /// The index that a unit would have.
     async fn read_wal(&mut self, at: usize) -> Result<IndexFile, CatalogError> {
-        let nothing = || CatalogError::Misuse { name: "an index".to_owned(), reason: format!("there is no unit {at}") };
+        let misuse = |reason: &str| CatalogError::Misuse { name: "an index".to_owned(), reason: reason.to_owned() };
         let (from, to, run) = match self.units.get(at) {
             Some(unit) => (unit.from, unit.to, Arc::clone(&unit.run)),
-            None => return Err(nothing()),
+            None => return Err(misuse("there is no such range")), // invariant: units are not taken away
         };
+        if !self.repository.can_read() {
+            let key = "the key of this repository cannot open WAL";
+            self.found.remarks.push(format!("from {from} to {to} there is no index, and {key}"));
+            let (bytes, _) = super::IndexWriter::new(from).finish(to, 0, None);
+            return IndexFile::read(bytes).map_err(|error| misuse(&error.to_string()));
+        }
         let made = self.repository.index_from_wal(self.inventory, &run, (from, to), self.size).await?;
         self.found.wal_read += made.read;
         let is_last = run.last().is_some_and(|stretch| to >= stretch.to);
@@ -383,8 +389,7 @@ impl Search<'_> {
         if let Some(unit) = self.units.get_mut(at) {
             unit.note = Some(note);
         }
-        IndexFile::read(bytes)
-            .map_err(|error| CatalogError::Misuse { name: "an index".to_owned(), reason: error.to_string() })
+        IndexFile::read(bytes).map_err(|error| misuse(&error.to_string()))
     }
 
     /// The newest transaction that wrote before a unit, in what belongs to it without a hole.
