@@ -285,7 +285,9 @@ impl Attempt<'_> {
             Started::TimelineEnded(_, end) => Ok(StreamEnd::TimelineEnded(end)),
             Started::Streaming(wal) => {
                 let served = Arc::clone(&self.served);
-                let stream = Stream::new(wal, served, begin, options, arrivals, self.status.clone())?;
+                let indexer = self.receivers.indexer();
+                indexer.asks(self.source);
+                let stream = Stream::new(wal, served, begin, options, arrivals, self.status.clone(), indexer.clone())?;
                 stream.run(self.stop.clone()).await
             }
         }

@@ -309,6 +309,10 @@ impl Push<'_> {
             }
             new |= self.put_part(&cluster, branch, &seen, (from, to), (digest_from, *known), pieces).await?;
         }
+        // What was there already was streamed, and indexed by who streamed it.
+        if new && seen.damage.is_none() {
+            super::push_index::index_segment(self.repository, &cluster, branch, (seen.segment, seen.size), self.path).await;
+        }
         Ok(if new { Pushed::Stored } else { Pushed::AlreadyThere })
     }
 

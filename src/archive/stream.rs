@@ -8,7 +8,7 @@
 //!
 //! Memory: what is received and not yet durable as a whole part in every live repository, at most [`MEMORY`]; with several
 //! repositories the same again in sealed form for each realm, since parts are sealed once for all. Beyond it the socket is
-//! left alone and PostgreSQL keeps the WAL (P8).
+//! left alone and PostgreSQL keeps the WAL (P8). Besides, what [`super::indexer`] has not read yet.
 //! Crash: nothing of ours is on disk. The next start asks the repositories where their bytes end.
 //! Cancellation: `stop` makes what was received durable, reports it, and ends; dropping the future leaves whole objects
 //! or none, and a tail of whole frames.
@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +27,7 @@ use super::cutter::CutterOptions;
 use super::fill::{Path, Position, Step};
 use super::filler::{Filled, Filler, Horizon, Letter, News};
 use super::frontier::{acknowledged, reported};
+use super::indexer::{Indexer, Streamed};
 use super::lane::{Done, Entry, InMemory, Live, Newest, PARTS_UNDER_WAY, Side};
 use super::lanes::{Lanes, Standing};
 use super::load::Served;
@@ -121,6 +123,7 @@ pub(super) struct Stream {
     told_too_few: bool,
     arrivals: Arrivals,
     status: watch::Sender<ClusterStatus>,
+    indexer: Indexer,
     server_end: Lsn,
     server_time: PgTimestamp,
     last_status: Option<Instant>,
@@ -158,6 +161,7 @@ impl Stream {
         options: StreamOptions,
         members: Vec<(super::receivers::Member, Arrival)>,
         status: watch::Sender<ClusterStatus>,
+        indexer: Indexer,
     ) -> Result<Stream, ArchiveError> {
         let (size, system, now) = (served.size, served.id.system, Instant::now());
         let mut receiver =
@@ -195,6 +199,7 @@ impl Stream {
             part,
             path,
             status,
+            indexer,
         };
         for (member, _) in &members {
             stream.sides.push(Side::new(member.clone(), now));
@@ -366,6 +371,7 @@ impl Stream {
         let part = std::mem::replace(&mut self.part, Part::new(end, size, hasher));
         let (segment, from, digest_from) = (part.segment, part.from, part.digest_from());
         let (pieces, before) = part.into_pieces();
+        self.index(from, end, pieces.clone());
         let (server_time, server_end) = (self.server_time, self.server_end);
         let range = RangeBytes { segment, from, to: end, digest_from, digest_to, server_time, server_end, pieces };
         self.recent_bytes += range.len();
@@ -376,6 +382,13 @@ impl Stream {
             live.part_completed(Arc::clone(&part), next_digest, segment_ended, now);
         }
         self.forget();
+    }
+
+    fn index(&self, from: Lsn, to: Lsn, pieces: Vec<Bytes>) {
+        let repositories = self.sides.iter().filter_map(|side| side.live.as_ref());
+        let repositories = repositories.map(|live| live.repository().clone()).collect();
+        let (cluster, size, branch) = (self.served.id.clone(), self.served.size, Branch::first(self.begin.timeline));
+        self.indexer.push(Streamed { cluster, branch, size, from, to, pieces, repositories });
     }
 
     /// Parts that every live repository has confirmed need not be kept.
