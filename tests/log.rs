@@ -43,25 +43,23 @@ fn a_dropped_table_is_found_and_restored() {
     rig.start_archiver();
     pg.sql("CREATE TABLE orders (n int PRIMARY KEY, note text); CREATE TABLE lines (n int)");
     pg.sql("INSERT INTO orders SELECT i, repeat('x', 3000) || i FROM generate_series(1, 40) i");
+    // A transaction that begins in one range and ends in another: the backup switches to the next segment.
+    let session = ["BEGIN", "INSERT INTO lines VALUES (4)", "SAVEPOINT a", "INSERT INTO lines VALUES (5)"];
+    let arguments = session.iter().chain(&["PREPARE TRANSACTION 'across'"]).flat_map(|one| ["-c", one]);
+    pg.tool("psql", &["-X", "-q", "-d", "postgres"].into_iter().chain(arguments).collect::<Vec<_>>());
     // The backup notes what the relations are called.
     rig.done(&["backup", "--checkpoint", "fast"]);
     next_second(&pg);
-    let insert = pg.sql("WITH x AS (INSERT INTO lines VALUES (1), (2), (3) RETURNING 1) SELECT txid_current() FROM x LIMIT 1");
-    let file = pg.sql("SELECT d.dattablespace || '/' || d.oid || '/' || pg_relation_filenode('orders') FROM pg_database d \
-                       WHERE datname = 'postgres'");
+    let insert =
+        pg.sql("WITH x AS (INSERT INTO lines VALUES (1), (2), (3) RETURNING 1) SELECT txid_current() FROM x LIMIT 1");
+    let file = pg.sql(
+        "SELECT d.dattablespace || '/' || d.oid || '/' || pg_relation_filenode('orders') FROM pg_database d \
+                       WHERE datname = 'postgres'",
+    );
     let before = pg.sql("SELECT to_json(clock_timestamp())").replace('"', "");
     pg.sql("DROP TABLE orders");
     let after = pg.sql("SELECT to_json(clock_timestamp())").replace('"', "");
     pg.sql("CREATE TABLE later (n int); INSERT INTO later VALUES (1)");
-    // A transaction that begins in one range and ends in the next.
-    let session = "BEGIN; INSERT INTO lines VALUES (4); SAVEPOINT a; INSERT INTO lines VALUES (5); PREPARE TRANSACTION 'across'";
-    session.split("; ").fold(vec!["-X", "-q", "-d", "postgres"], |mut all, one| {
-        all.extend(["-c", one]);
-        if one.starts_with("PREPARE") {
-            pg.tool("psql", &all);
-        }
-        all
-    });
     pg.sql("SELECT pg_switch_wal()");
     pg.sql("COMMIT PREPARED 'across'");
     let last = pg.sql("WITH x AS (INSERT INTO lines VALUES (6) RETURNING 1) SELECT txid_current() FROM x");
@@ -86,7 +84,8 @@ fn a_dropped_table_is_found_and_restored() {
     assert_eq!((&inserted["kinds"], names(&inserted)), (&serde_json::json!(["insert"]), vec!["lines".to_owned()]));
     assert_eq!(inserted["relations"][0]["inserts"], 3);
     // Put together from two ranges, with what its subtransaction did.
-    let across = transactions(&rig.json(&["log", "--repository", "main", "--json", "--relation", "lines", "--limit", "2"]));
+    let across =
+        transactions(&rig.json(&["log", "--repository", "main", "--json", "--relation", "lines", "--limit", "2"]));
     assert_eq!((&across[0]["prepared"], &across[0]["relations"][0]["inserts"]), (&Value::Bool(true), &Value::from(2)));
     // What was created after the backup has a number, and no name is guessed.
     let text = rig.done(&["log", "--repository", "main", "--from", &before]).stdout;
@@ -119,10 +118,12 @@ fn a_dropped_table_is_found_and_restored() {
     // `archive_command` indexes what it brings.
     rig.add("second", true);
     rig.receives(&["second"]);
-    let mut push = rig.command(&["wal", "push", "pg_wal/000000010000000000000001"]);
-    push.current_dir(pg.data_dir());
-    support::rig::ran(push).exits(0);
-    assert_eq!(rig.objects("second", &["index"]).len(), 1);
+    for segment in ["000000010000000000000001", "000000010000000000000002"] {
+        let mut push = rig.command(&["wal", "push", &format!("pg_wal/{segment}")]);
+        push.current_dir(pg.data_dir());
+        support::rig::ran(push).exits(0);
+    }
+    assert_eq!(rig.objects("second", &["index"]).len(), 2);
     let (pushed, _) = everything(&rig, "second");
     assert!(pushed.iter().any(|transaction| transaction["xid"] == drop["xid"]) && pushed.len() < with_index.len());
 

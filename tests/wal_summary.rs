@@ -57,21 +57,30 @@ fn work(pg: &TestPg) -> Vec<Step> {
     work.step("truncate", &["TRUNCATE t"]);
     work.step("truncate together", &["BEGIN", "INSERT INTO t VALUES (1)", "TRUNCATE t", "COMMIT"]);
     work.step("drop", &["DROP TABLE t"]);
-    work.step("", &["CREATE TABLE a (n int)", "CREATE VIEW v AS SELECT 1", "CREATE TABLE s (n int)", "CREATE SEQUENCE q"]);
+    work.step(
+        "",
+        &["CREATE TABLE a (n int)", "CREATE VIEW v AS SELECT 1", "CREATE TABLE s (n int)", "CREATE SEQUENCE q"],
+    );
     work.step("exchange", &["BEGIN", "DROP TABLE a", "CREATE TABLE a (n int)", "COMMIT"]);
     work.step("drop view", &["DROP VIEW v"]);
     work.step("sequence", &["SELECT nextval('q')"]);
     work.step("large object", &["SELECT lo_from_bytea(0, 'abc')"]);
     work.step("rollback", &["BEGIN", "INSERT INTO s VALUES (1), (2)", "ROLLBACK"]);
-    work.step("prepared", &[
-        "BEGIN",
-        "INSERT INTO s VALUES (1), (2), (3)",
-        "PREPARE TRANSACTION 'one'",
-        "INSERT INTO s VALUES (1)",
-        "COMMIT PREPARED 'one'",
-    ]);
-    work.step("subtransactions", &["DO $$ BEGIN FOR i IN 1..9 LOOP BEGIN INSERT INTO s VALUES (i); IF i % 3 = 0 THEN RAISE EXCEPTION 'no'; \
-         END IF; EXCEPTION WHEN raise_exception THEN NULL; END; END LOOP; END $$"]);
+    work.step(
+        "prepared",
+        &[
+            "BEGIN",
+            "INSERT INTO s VALUES (1), (2), (3)",
+            "PREPARE TRANSACTION 'one'",
+            "INSERT INTO s VALUES (1)",
+            "COMMIT PREPARED 'one'",
+        ],
+    );
+    work.step(
+        "subtransactions",
+        &["DO $$ BEGIN FOR i IN 1..9 LOOP BEGIN INSERT INTO s VALUES (i); IF i % 3 = 0 THEN RAISE EXCEPTION 'no'; \
+         END IF; EXCEPTION WHEN raise_exception THEN NULL; END; END LOOP; END $$"],
+    );
     work.step("create database", &["CREATE DATABASE d"]);
     work.step("drop database", &["DROP DATABASE d"]);
     pg.sql("SELECT pg_switch_wal()");
@@ -138,7 +147,8 @@ fn waldump(installation: &Installation, pg: &TestPg, from: Lsn, to: Lsn) -> Vec<
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let mut commits = Vec::new();
     for line in text.lines() {
-        let field = |before: &str| line.split_once(before).expect(before).1.split([',', ' ']).find(|word| !word.is_empty());
+        let field =
+            |before: &str| line.split_once(before).expect(before).1.split([',', ' ']).find(|word| !word.is_empty());
         let desc = line.split_once("desc: ").expect("a description").1;
         let (kind, rest) = desc.split_once(' ').unwrap_or((desc, ""));
         let (xid, rest) = match kind {
@@ -176,10 +186,13 @@ fn transactions_are_what_was_done() {
         // What each step was.
         let of = |name: &str| -> Vec<&Part> {
             let step = steps.iter().find(|step| step.name == name).expect(name);
-            let within = |part: &&Part| part.end.as_ref().is_some_and(|end| step.from <= end.start && end.start < step.to);
+            let within =
+                |part: &&Part| part.end.as_ref().is_some_and(|end| step.from <= end.start && end.start < step.to);
             whole.iter().filter(within).collect()
         };
-        let was = |name: &str| of(name).iter().map(|part| kinds(part)).flat_map(|kinds| kinds.names()).collect::<BTreeSet<_>>();
+        let was = |name: &str| {
+            of(name).iter().map(|part| kinds(part)).flat_map(|kinds| kinds.names()).collect::<BTreeSet<_>>()
+        };
         let rows = |part: &Part| {
             let user = part.touched.iter().filter(|(what, _)| !what.is_catalog());
             user.fold((0, 0, 0), |sum, (_, is)| (sum.0 + is.inserts, sum.1 + is.updates, sum.2 + is.deletes))
@@ -217,7 +230,8 @@ fn transactions_are_what_was_done() {
         assert_eq!(rows(of("update")[0]), (0, 30, 0));
         assert_eq!(rows(of("delete")[0]), (0, 0, 10));
         assert_eq!(rows(of("rollback")[0]), (2, 0, 0));
-        let prepared = *of("prepared").iter().find(|part| part.end.as_ref().is_some_and(|end| end.prepared)).expect("one");
+        let prepared =
+            *of("prepared").iter().find(|part| part.end.as_ref().is_some_and(|end| end.prepared)).expect("one");
         assert_eq!(rows(prepared), (3, 0, 0));
         let subs = of("subtransactions");
         assert_eq!(subs.iter().map(|part| rows(part).0).collect::<Vec<_>>(), [1, 1, 1, 6]);
@@ -228,10 +242,13 @@ fn transactions_are_what_was_done() {
         // A table that went is told by its file and by its OID, by which it was locked.
         let dropped = of("drop")[0];
         assert!(dropped.touched.iter().any(|(what, is)| matches!(what, Touched::File(_)) && is.is(marks::DROPPED)));
-        assert!(dropped.touched.iter().any(|(what, is)| matches!(what, Touched::Relation { .. }) && is.is(marks::LOCKED)));
+        assert!(
+            dropped.touched.iter().any(|(what, is)| matches!(what, Touched::Relation { .. }) && is.is(marks::LOCKED))
+        );
 
         // Cut anywhere and joined, it is the same.
-        let starts: Vec<Lsn> = whole.iter().flat_map(|part| [part.first, part.end.as_ref().expect("an end").start]).collect();
+        let starts: Vec<Lsn> =
+            whole.iter().flat_map(|part| [part.first, part.end.as_ref().expect("an end").start]).collect();
         for step in [3, 7, 11] {
             let cuts = starts.iter().step_by(step).copied().collect();
             assert_eq!(masked(summarize(&slices, begin, size, &cuts)), masked(whole.clone()), "cut at every {step}th");

@@ -311,7 +311,8 @@ impl Push<'_> {
         }
         // What was there already was streamed, and indexed by who streamed it.
         if new && seen.damage.is_none() {
-            super::push_index::index_segment(self.repository, &cluster, branch, (seen.segment, seen.size), self.path).await;
+            super::push_index::index_segment(self.repository, &cluster, branch, (seen.segment, seen.size), self.path)
+                .await;
         }
         Ok(if new { Pushed::Stored } else { Pushed::AlreadyThere })
     }

@@ -30,8 +30,7 @@ pub(super) async fn index_segment(
 ) {
     let (path, system) = (path.to_owned(), cluster.system);
     let indexed = tokio::task::spawn_blocking(move || {
-        let index =
-            IndexWal::new(segment.start(size), segment.end(size), size, Some(system), Some(branch.timeline));
+        let index = IndexWal::new(segment.start(size), segment.end(size), size, Some(system), Some(branch.timeline));
         let next = SegmentNumber::new(segment.get().saturating_add(1)).file_name(branch.timeline, size);
         read(index, &[&path, &path.with_file_name(next)])
     });
@@ -41,7 +40,9 @@ pub(super) async fn index_segment(
             return;
         };
         match repository.put_index(cluster, branch, &bytes, &note).await {
-            Ok(_) => tracing::debug!(%branch, from = %note.from, transactions = note.transactions, "the segment is indexed"),
+            Ok(_) => {
+                tracing::debug!(%branch, from = %note.from, transactions = note.transactions, "the segment is indexed")
+            }
             Err(error) => tracing::debug!(%branch, %error, "the segment is not indexed"),
         }
     };

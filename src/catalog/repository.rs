@@ -151,10 +151,9 @@ pub(super) fn kind_of(object: &ClusterObject) -> Kind {
         ClusterObject::WalFile(..) | ClusterObject::Conflict(_, Disputed::File(_), _) => Kind::WalFile,
         ClusterObject::Pack(_) => Kind::Pack,
         ClusterObject::Index(..) => Kind::Index,
-        ClusterObject::Start(_)
-        | ClusterObject::Manifest(_)
-        | ClusterObject::Gap(..)
-        | ClusterObject::Relations(_) => Kind::Record,
+        ClusterObject::Start(_) | ClusterObject::Manifest(_) | ClusterObject::Gap(..) | ClusterObject::Relations(_) => {
+            Kind::Record
+        }
         ClusterObject::Part(part) => match part.kind {
             PartKind::Files => Kind::FileTable,
             PartKind::Tags => Kind::BlockTags,

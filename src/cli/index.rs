@@ -10,6 +10,9 @@ use crate::restore::{RestoreError, find_cluster};
 
 /// `pgkeep index`: the index of transactions that `pgkeep log` searches.
 #[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "\
+Example:
+  pgkeep index rebuild")]
 pub struct Index {
     /// What to do.
     #[command(subcommand)]

@@ -249,7 +249,8 @@ fn touched(texts: &[String], names: &Names) -> Result<HashSet<Touched>, CliError
         let known = names.named(text);
         if known.is_empty() {
             let error = anyhow::anyhow!("no relation called {text:?} is known");
-            let hint = "names are noted with each base backup; what came later goes by its numbers: tablespace/database/file";
+            let hint =
+                "names are noted with each base backup; what came later goes by its numbers: tablespace/database/file";
             return Err(CliError::new(Exit::No, error).hint(hint));
         }
         all.extend(known);

@@ -90,10 +90,7 @@ pub async fn relations(info: &ConnInfo, options: &ConnectOptions) -> Result<Data
     Ok(Databases { lsn: lsn.unwrap_or(Lsn::ZERO), databases })
 }
 
-async fn of_database(
-    info: &ConnInfo,
-    options: &ConnectOptions,
-) -> Result<(Vec<Relation>, Option<String>), PgError> {
+async fn of_database(info: &ConnInfo, options: &ConnectOptions) -> Result<(Vec<Relation>, Option<String>), PgError> {
     let mut session = Session::connect(info, options).await?;
     let rows = session.query(&format!("{RELATIONS} LIMIT {}", RELATIONS_MAX + 1)).await;
     session.close().await;

@@ -330,9 +330,8 @@ pub(super) fn dropped_relations(record: &Record<'_>) -> Result<Vec<RelFile>, Wal
         data.take_list(4)?;
     }
     let list = data.take_list(12)?.chunks_exact(12);
-    let relation = |entry| {
-        Some(RelFile { tablespace: u32_at(entry, 0)?, database: u32_at(entry, 4)?, number: u32_at(entry, 8)? })
-    };
+    let relation =
+        |entry| Some(RelFile { tablespace: u32_at(entry, 0)?, database: u32_at(entry, 4)?, number: u32_at(entry, 8)? });
     Ok(list.filter_map(relation).collect())
 }
 

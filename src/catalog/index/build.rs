@@ -32,6 +32,8 @@ pub struct IndexWal {
 #[derive(Debug)]
 struct Ranges {
     size: SegmentSize,
+    /// What begins before is passed over.
+    from: Lsn,
     summarizer: Summarizer,
     writer: IndexWriter,
     /// End of the range that is being indexed.
@@ -52,7 +54,15 @@ impl IndexWal {
     ) -> IndexWal {
         let decoder = Decoder::new(from, size).expecting(system, timeline).only(may_be_summarized);
         let (summarizer, writer) = (Summarizer::new(), IndexWriter::new(from));
-        IndexWal { decoder, ranges: Ranges { size, summarizer, writer, to, major: 0, finished: Vec::new() } }
+        IndexWal { decoder, ranges: Ranges { size, from, summarizer, writer, to, major: 0, finished: Vec::new() } }
+    }
+
+    /// Only records that begin at or after `from`, which may lie anywhere.
+    #[must_use]
+    fn only_from(mut self, from: Lsn) -> IndexWal {
+        self.ranges.from = from;
+        self.ranges.writer = IndexWriter::new(from);
+        self
     }
 
     /// The next bytes. Gives the ranges of which every record has been read.
@@ -85,6 +95,9 @@ impl IndexWal {
 
 impl Ranges {
     fn take(&mut self, record: &Record<'_>) -> Result<(), WalDamage> {
+        if record.start < self.from {
+            return Ok(());
+        }
         while record.start >= self.to {
             self.cut();
         }
@@ -130,6 +143,8 @@ pub(super) struct FromWal {
     pub indexed: Indexed,
     /// Why not all of the range is in it; `None`: it is all there.
     pub lacks: Option<String>,
+    /// All that is there was read: its last record will go on.
+    pub at_end: bool,
     /// Bytes of WAL that were read.
     pub read: u64,
 }
@@ -163,7 +178,11 @@ fn segments_from(stretches: &[Stretch], from: Lsn, size: SegmentSize) -> impl It
         let (begin, to) = (stretch.from.max(from), stretch.to);
         let numbers = begin.segment(size).get()..=to.segment_before(size).get();
         let branch = stretch.branch;
-        numbers.map(SegmentNumber::new).map(move |segment| SegmentPart { branch, segment, to: to.min(segment.end(size)) })
+        numbers.map(SegmentNumber::new).map(move |segment| SegmentPart {
+            branch,
+            segment,
+            to: to.min(segment.end(size)),
+        })
     })
 }
 
@@ -177,7 +196,7 @@ impl Repository {
         size: SegmentSize,
     ) -> Result<FromWal, CatalogError> {
         let begin = from.segment_start(size);
-        let mut index = IndexWal::new(begin, to, size, Some(inventory.id.system), None);
+        let mut index = IndexWal::new(begin, to, size, Some(inventory.id.system), None).only_from(from);
         let mut read = 0;
         let ahead = usize::try_from((AHEAD_BYTES / size.bytes()).clamp(1, AHEAD_MAX)).unwrap_or(1);
         let parts: Vec<SegmentPart> = segments_from(stretches, begin, size).collect();
@@ -212,7 +231,7 @@ impl Repository {
             match index.push(segment.bytes) {
                 Ok(finished) => {
                     if let Some(indexed) = finished.into_iter().next() {
-                        return Ok(FromWal { indexed, lacks: None, read });
+                        return Ok(FromWal { indexed, lacks: None, at_end: false, read });
                     }
                 }
                 Err(damage) => {
@@ -225,8 +244,9 @@ impl Repository {
                 break;
             }
         }
-        let lacks = lacks.unwrap_or_else(|| format!("the record that begins before {to} ends beyond the WAL that is there"));
-        Ok(FromWal { indexed: index.rest(), lacks: Some(lacks), read })
+        let lacks =
+            lacks.unwrap_or_else(|| format!("the record that begins before {to} ends beyond the WAL that is there"));
+        Ok(FromWal { indexed: index.rest(), lacks: Some(lacks), at_end, read })
     }
 
     /// Complete segments of which no index is there, in ranges. `all`: indexes that are there are read, and what does not
@@ -289,7 +309,10 @@ impl Repository {
             let made = self.index_from_wal(&inventory, &[stretch], (range.from, range.to), size).await?;
             behind += length(range);
             if let Some(lacks) = made.lacks {
-                rebuilt.left.push(format!("branch {}, {} to {}: {lacks}", range.branch, range.from, range.to));
+                // Of the newest segment the next ones have the rest: it is not time for it.
+                if !made.at_end {
+                    rebuilt.left.push(format!("branch {}, {} to {}: {lacks}", range.branch, range.from, range.to));
+                }
                 continue;
             }
             let (bytes, note) = made.indexed;
@@ -310,7 +333,9 @@ impl Repository {
 fn not_covered(ranges: &[IndexRange], branch: Branch, from: Lsn, to: Lsn, size: SegmentSize) -> Vec<Missing> {
     let (mut at, mut missing) = (from, Vec::new());
     while at < to {
-        if let Some(covering) = ranges.iter().filter(|range| range.from <= at && at < range.to).map(|range| range.to).max() {
+        if let Some(covering) =
+            ranges.iter().filter(|range| range.from <= at && at < range.to).map(|range| range.to).max()
+        {
             at = covering;
             continue;
         }

@@ -350,11 +350,9 @@ impl IndexFile {
         let mut relations = Vec::new();
         for _ in 0..cursor.count()? {
             relations.push(match cursor.get()? {
-                0 => Touched::File(RelFile {
-                    tablespace: cursor.u32()?,
-                    database: cursor.u32()?,
-                    number: cursor.u32()?,
-                }),
+                0 => {
+                    Touched::File(RelFile { tablespace: cursor.u32()?, database: cursor.u32()?, number: cursor.u32()? })
+                }
                 1 => Touched::Relation { database: cursor.u32()?, oid: cursor.u32()? },
                 2 => Touched::Database(cursor.u32()?),
                 3 => Touched::Tablespace(cursor.u32()?),
@@ -451,8 +449,7 @@ impl Entries<'_> {
         };
         self.last = (xid, start, time);
         let incomplete = flags & INCOMPLETE != 0;
-        let part =
-            Part { xid, first: Lsn::new(first), bytes, touched: Vec::new(), others: 0, incomplete, early, end };
+        let part = Part { xid, first: Lsn::new(first), bytes, touched: Vec::new(), others: 0, incomplete, early, end };
         Ok(Entry { part, pattern })
     }
 }

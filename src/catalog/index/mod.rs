@@ -132,9 +132,8 @@ impl Repository {
         let mut first = None;
         for (name, len) in &range.names {
             let read = self.get_footer(name, kind, *len).await;
-            let note = read.and_then(|(_, footer)| {
-                records::from_json(&footer.extra).map_err(|source| self.record(name, source))
-            });
+            let note = read
+                .and_then(|(_, footer)| records::from_json(&footer.extra).map_err(|source| self.record(name, source)));
             match note {
                 Err(error) if error.is_damage() || error.is_not_found() => first = first.or(Some(error)),
                 answer => return answer,

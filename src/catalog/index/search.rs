@@ -127,10 +127,8 @@ impl Repository {
     ) -> Result<Found, CatalogError> {
         let Some(size) = inventory.segment_size else { return Ok(Found::default()) };
         let units = units(self, inventory, tip, size).await?;
-        let found = Found {
-            indexed: units.iter().filter(|unit| unit.index.is_some()).map(length).sum(),
-            ..Found::default()
-        };
+        let found =
+            Found { indexed: units.iter().filter(|unit| unit.index.is_some()).map(length).sum(), ..Found::default() };
         let search =
             Search { repository: self, inventory, size, query, units, files: BTreeMap::new(), used: Vec::new(), found };
         search.run().await
@@ -160,7 +158,8 @@ async fn units(
             let usable = |range: &&IndexRange| stretch.from <= range.from && range.to <= stretch.to;
             let mut at = stretch.from;
             while at < stretch.to {
-                let longest = listed.iter().filter(usable).filter(|range| range.from == at).max_by_key(|range| range.to);
+                let longest =
+                    listed.iter().filter(usable).filter(|range| range.from == at).max_by_key(|range| range.to);
                 let next = listed.iter().filter(usable).map(|range| range.from).filter(|from| *from > at).min();
                 let to = match longest {
                     Some(range) => range.to,
@@ -181,7 +180,8 @@ fn runs(inventory: &ClusterInventory, tip: Branch) -> Vec<Vec<Stretch>> {
     let (Some(size), Some(path)) = (inventory.segment_size, inventory.path_of(tip)) else { return Vec::new() };
     let branches = path.path().into_iter().map(|(timeline, ..)| timeline);
     let branches = branches.map(|timeline| if timeline == tip.timeline { tip } else { Branch::first(timeline) });
-    let runs: Vec<_> = branches.filter_map(|branch| inventory.branches.get(&branch)).map(|held| held.runs(size)).collect();
+    let runs: Vec<_> =
+        branches.filter_map(|branch| inventory.branches.get(&branch)).map(|held| held.runs(size)).collect();
     let begin = runs.iter().flatten().map(|run| run.from).min();
     let end = inventory.branches.get(&tip).and_then(|held| held.runs(size).last().map(|run| run.to));
     let (Some(mut at), Some(end)) = (begin, end) else { return Vec::new() };
@@ -316,7 +316,9 @@ impl Search<'_> {
         match self.times(at) {
             None => u64::MAX,
             Some((first, last)) if first <= around && around <= last => 0,
-            Some((first, last)) => first.micros().abs_diff(around.micros()).min(last.micros().abs_diff(around.micros())),
+            Some((first, last)) => {
+                first.micros().abs_diff(around.micros()).min(last.micros().abs_diff(around.micros()))
+            }
         }
     }
 
@@ -328,7 +330,8 @@ impl Search<'_> {
             return Ok(Arc::clone(file));
         }
         let mut reading = JoinSet::new();
-        let ahead = coming.iter().copied().filter(|next| *next != at && !self.files.contains_key(next)).take(AT_ONCE - 1);
+        let ahead =
+            coming.iter().copied().filter(|next| *next != at && !self.files.contains_key(next)).take(AT_ONCE - 1);
         let wanted: Vec<usize> = std::iter::once(at).chain(ahead).collect();
         for wanted in wanted {
             let Some(range) = self.units.get(wanted).and_then(|unit| unit.index.clone()) else { continue };
@@ -432,14 +435,12 @@ impl Search<'_> {
     async fn matching(&mut self, at: usize, coming: &[usize]) -> Result<Vec<Logged>, CatalogError> {
         let file = self.load(at, coming).await?;
         let Some(branch) = self.units.get(at).map(|unit| unit.branch) else { return Ok(Vec::new()) };
-        let begin = self.units.get(at).map_or(Lsn::ZERO, |unit| unit.from);
         let newest_before = self.newest_before(at).await?;
         let judged: Vec<Judged> = file.patterns.iter().map(|pattern| self.judge(&pattern.touched)).collect();
         let (mut found, mut split) = (Vec::new(), Vec::new());
         for entry in file.ended() {
             let Ok(entry) = entry else { break };
-            // A range that was read from the start of its segment for the sake of the decoder.
-            if entry.part.end.as_ref().is_none_or(|end| end.start < begin) || !self.is_asked_for(&entry) {
+            if !self.is_asked_for(&entry) {
                 continue;
             }
             if newest_before.is_some_and(|newest| !is_newer(entry.part.xid, newest)) {
