@@ -355,9 +355,8 @@ impl Search<'_> {
     }
 
     fn keep(&mut self, at: usize, file: Arc<IndexFile>) {
-        if !self.used.contains(&at) {
-            self.used.insert(0, at);
-        }
+        self.used.retain(|used| *used != at);
+        self.used.push(at);
         while self.files.len() >= KEPT {
             let oldest = self.used.iter().copied().find(|used| self.files.contains_key(used));
             match oldest.or_else(|| self.files.keys().next().copied()) {
@@ -384,8 +383,7 @@ impl Search<'_> {
         }
         let made = self.repository.index_from_wal(self.inventory, &run, (from, to), self.size).await?;
         self.found.wal_read += made.read;
-        let is_last = run.last().is_some_and(|stretch| to >= stretch.to);
-        if let Some(lacks) = made.lacks.filter(|_| !is_last) {
+        if let Some(lacks) = made.lacks.filter(|_| !made.at_end) {
             self.found.remarks.push(format!("from {from} to {to} not all of the WAL can be read: {lacks}"));
         }
         let (bytes, note) = made.indexed;
