@@ -244,6 +244,7 @@ impl Repository {
                 break;
             }
         }
+        let at_end = lacks.is_none();
         let lacks =
             lacks.unwrap_or_else(|| format!("the record that begins before {to} ends beyond the WAL that is there"));
         Ok(FromWal { indexed: index.rest(), lacks: Some(lacks), at_end, read })
