@@ -131,7 +131,13 @@ fn a_dropped_table_is_found_and_restored() {
     rig.receives(&["main"]);
     let arguments = drop["restore_arguments"].as_str().expect("arguments").split(' ').collect::<Vec<_>>();
     assert_eq!((arguments[0], arguments[2]), ("--to", "--exclusive"));
-    let restored = rig.restored(installation, arguments[1], "restored", &[arguments[2], "--repository", "main"]);
+    // Promoted: a server that pauses there still holds the lock of the transaction that drops the table.
+    let more = [arguments[2], "--repository", "main", "--action", "promote"];
+    rig.restore(arguments[1], "restored", &more).exits(0);
+    let mut restored = TestPg::attach(installation, &rig.path("restored"));
+    restored.set("fsync=off"); // else the server syncs every file when it starts
+    ok(restored.start());
+    wait_until("the promotion", SOON, || restored.sql("SELECT pg_is_in_recovery()") == "f");
     assert_eq!(restored.sql("SELECT count(*) FROM orders"), "40");
     assert_eq!(restored.sql("SELECT count(*) FROM lines"), "3");
 }
