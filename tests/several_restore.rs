@@ -136,6 +136,7 @@ fn p2_a_repository_that_fails_in_the_middle_of_a_restore_is_replaced() {
                     program: &program,
                     config: &config,
                     repository: None,
+                    from: &[],
                     cluster: "main",
                     path: &resolved.plan.path,
                     until: restore::needed_to(&resolved.plan),

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::ArchiveError;
+use super::begin::{Begin, StreamOptions};
 use super::branching::Choice;
 use super::cutter::CutterOptions;
 use super::fill::Path;
@@ -26,7 +27,7 @@ use super::receivers::Receivers;
 use super::resume::{DeadTail, Refusal};
 use super::source::{Connected, SlotState, Source};
 use super::status::ClusterStatus;
-use super::stream::{Arrival, Begin, Stream, StreamEnd, StreamOptions};
+use super::stream::{Arrival, Stream, StreamEnd};
 use crate::catalog::Repository;
 use crate::catalog::layout::ClusterObject;
 use crate::catalog::records::{GapReason, GapRecord};
@@ -352,7 +353,9 @@ impl Attempt<'_> {
             Started::TimelineEnded(_, end) => Ok(StreamEnd::TimelineEnded(end)),
             Started::Streaming(wal) => {
                 let served = Arc::clone(&self.served);
-                let stream = Stream::new(wal, served, begin, options, arrivals, self.status.clone())?;
+                let indexer = self.receivers.indexer();
+                indexer.asks(self.source);
+                let stream = Stream::new(wal, served, begin, options, arrivals, self.status.clone(), indexer.clone())?;
                 stream.run(self.stop.clone()).await
             }
         }

@@ -110,6 +110,8 @@ fn begin(mut lineage: Lineage, rest: &[TimelineId], named: &BTreeSet<Branch>) ->
 
 #[cfg(test)]
 mod tests {
+    use std::collections::btree_map::Entry;
+
     use super::*;
     use proptest::prelude::*;
 
@@ -220,9 +222,9 @@ mod tests {
                 prop_assert!(!named.contains(begun) && begun.ordinal > 0);
             }
             // Its first bytes are archived now.
-            if !verdicts.contains_key(&tip) {
+            if let Entry::Vacant(unknown) = verdicts.entry(tip) {
                 candidates.push(Candidate { branch: tip, ancestors: choice.lineage.before(tip.timeline), forked_elsewhere: false });
-                verdicts.insert(tip, Verdict::Same);
+                unknown.insert(Verdict::Same);
                 named.insert(tip);
                 let again = next(&path, &candidates, &named, &verdicts);
                 prop_assert_eq!(again, Next::Decided(Choice { lineage: choice.lineage, begun: Vec::new() }));

@@ -6,6 +6,7 @@
 
 mod alarm;
 mod attempt;
+mod begin;
 pub mod branching;
 pub mod cluster;
 pub mod cutter;
@@ -14,12 +15,15 @@ pub mod fill;
 mod filler;
 pub mod frontier;
 mod identify;
+mod indexer;
 mod lane;
 pub mod lanes;
 mod load;
+pub mod names;
 mod part;
 pub mod push;
 pub mod push_all;
+mod push_index;
 mod receivers;
 pub mod resume;
 mod source;

@@ -3,7 +3,8 @@
 //! What always holds: success means that the file's WAL is durable in the repository, byte for byte. A file that is not
 //! what its name says (another cluster's, another position's, a segment that is still being written) is not taken;
 //! where other content is archived under its name, both are kept and nobody is overwritten (P6).
-//! What is damaged behind the first page is the only copy of what the server wrote: it is taken, and noted as damaged first.
+//! What is damaged between the first page and the last is the only copy of what the server wrote: it is taken, and noted as
+//! damaged first.
 //! Memory: one part of a segment, at most [`MAX_PART`], twice: as it is and sealed. A segment of which pieces lie under
 //! `open/` is read from there to be compared, whole.
 //! Crash and cancellation: an object is there whole or not at all; PostgreSQL offers the file again, and the push finds
@@ -27,7 +28,7 @@ use crate::types::{
     Branch, ClusterId, ClusterName, Digest, Lsn, ParseError, SegmentHasher, SegmentNumber, SegmentSize, SystemId,
     TimelineHistory, TimelineId, WalFileName,
 };
-use crate::wal::{PAGE_SIZE, PageWatch, Unsound, WalAudit, WalDamage};
+use crate::wal::{PAGE_SIZE, PageWatch, Unsound, WalAudit, WalDamage, check_page};
 
 /// Files are read in pieces of this size: the size of a sealed frame.
 const PIECE: usize = 1 << 20;
@@ -315,6 +316,11 @@ impl Push<'_> {
             }
             new |= self.put_part(&cluster, branch, &seen, (from, to), (digest_from, *known), pieces).await?;
         }
+        // What was there already was streamed, and indexed by who streamed it.
+        if new && seen.unsound.is_empty() {
+            super::push_index::index_segment(self.repository, &cluster, branch, (seen.segment, seen.size), self.path)
+                .await;
+        }
         Ok(if new { Pushed::Stored } else { Pushed::AlreadyThere })
     }
 
@@ -575,6 +581,12 @@ fn inspect(path: &Path, name: &str, control: Option<(SystemId, SegmentSize)>) ->
         }
         hasher.update(&piece);
         audit.push(&piece);
+        if hasher.offset() == size.bytes() {
+            // What the server had there before lies behind the end of a segment that is still being written.
+            let last = Lsn::new(segment.end(size).get() - PAGE_SIZE);
+            let page = piece.get(piece.len().saturating_sub(PAGE_SIZE as usize)..).unwrap_or_default();
+            check_page(last, page, size, timeline).map_err(misnamed)?;
+        }
         if size.bytes() <= MAX_PART {
             pieces.push(piece);
         }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 
+use super::indexer::Indexer;
 use crate::catalog::{CatalogError, Repository};
 
 /// Why a repository could not be opened.
@@ -104,6 +105,7 @@ impl Member {
 pub struct Receivers {
     receivers: Vec<Member>,
     needed: usize,
+    indexer: Indexer,
 }
 
 impl Receivers {
@@ -111,12 +113,17 @@ impl Receivers {
     pub fn new(openers: impl IntoIterator<Item = Arc<dyn Opener>>, needed: usize) -> Receivers {
         let receivers: Vec<Member> = openers.into_iter().map(Member::new).collect();
         let needed = needed.clamp(1, receivers.len().max(1));
-        Receivers { receivers, needed }
+        Receivers { receivers, needed, indexer: Indexer::default() }
     }
 
     /// How many must hold WAL before it is acknowledged.
     pub fn needed(&self) -> usize {
         self.needed
+    }
+
+    /// What indexes the WAL that goes there: one for all connections.
+    pub(super) fn indexer(&self) -> &Indexer {
+        &self.indexer
     }
 
     /// Each of them, in the configuration's order.

@@ -8,26 +8,27 @@
 //!
 //! Memory: what is received and not yet durable as a whole part in every live repository, at most [`MEMORY`]; with several
 //! repositories the same again in sealed form for each realm, since parts are sealed once for all. Beyond it the socket is
-//! left alone and PostgreSQL keeps the WAL (P8).
+//! left alone and PostgreSQL keeps the WAL (P8). Besides, what [`super::indexer`] has not read yet.
 //! Crash: nothing of ours is on disk. The next start asks the repositories where their bytes end.
 //! Cancellation: `stop` makes what was received durable, reports it, and ends; dropping the future leaves whole objects
 //! or none, and a tail of whole frames.
 
 use std::collections::VecDeque;
-use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::ArchiveError;
 use super::alarm::{Alarms, Note, put_notes};
-use super::cutter::CutterOptions;
+use super::begin::{Begin, StreamOptions};
 use super::fill::{Path, Position, Step};
 use super::filler::{Filled, Filler, Horizon, Letter, News, Pace};
 use super::frontier::{acknowledged, reported};
+use super::indexer::{Indexer, Streamed};
 use super::lane::{Done, Entry, InMemory, Live, Newest, PARTS_UNDER_WAY, Side};
 use super::lanes::{Lanes, Standing};
 use super::load::Served;
@@ -36,7 +37,7 @@ use super::status::{Arrivals, ClusterStatus, Doing, Progress, RepositoryProgress
 use super::uploader::{RangeBytes, Uploader};
 use crate::catalog::Repository;
 use crate::pg::{PgError, Status, StreamEvent, TimelineEnd, WalStream};
-use crate::types::{Lsn, PgTimestamp, TimelineId};
+use crate::types::{Lsn, PgTimestamp};
 use crate::wal::receiver::{ReceiveError, Receiver};
 
 /// Bytes received and not yet durable as a whole part, at most: two parts of the largest size.
@@ -53,32 +54,6 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const LINGER: Duration = Duration::from_secs(2);
 /// Letters of fillers that wait to be read.
 const LETTERS: usize = 64;
-
-/// How to stream.
-#[derive(Debug, Clone, Copy)]
-pub struct StreamOptions {
-    /// When ranges of the open segment are cut.
-    pub cutter: CutterOptions,
-    /// How long a stopping server, or our own stop, waits for the repositories.
-    pub shutdown_deadline: Duration,
-    /// How long the open pieces of a segment stay when it is there as a whole.
-    pub open_grace: Duration,
-    /// Bytes of WAL a second that fill up a repository at most.
-    pub fill_rate: Option<NonZeroU64>,
-}
-
-/// Where a stream begins, as was decided by what the repositories hold.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Begin {
-    /// The timeline that is streamed.
-    pub timeline: TimelineId,
-    /// Start of a segment.
-    pub at: Lsn,
-    /// What the server knows already: nothing before it is reported, so that its slot never goes back.
-    pub floor: Lsn,
-    /// How many repositories must hold what is acknowledged.
-    pub needed: usize,
-}
 
 /// How a repository comes to a stream that begins.
 #[derive(Debug)]
@@ -127,6 +102,7 @@ pub(super) struct Stream {
     arrivals: Arrivals,
     alarms: Alarms,
     status: watch::Sender<ClusterStatus>,
+    indexer: Indexer,
     server_end: Lsn,
     server_time: PgTimestamp,
     last_status: Option<Instant>,
@@ -164,6 +140,7 @@ impl Stream {
         options: StreamOptions,
         members: Vec<(super::receivers::Member, Arrival)>,
         status: watch::Sender<ClusterStatus>,
+        indexer: Indexer,
     ) -> Result<Stream, ArchiveError> {
         let (size, system, now) = (served.size, served.id.system, Instant::now());
         let mut receiver =
@@ -203,6 +180,7 @@ impl Stream {
             part,
             path,
             status,
+            indexer,
         };
         for (member, _) in &members {
             stream.sides.push(Side::new(member.clone(), now));
@@ -411,6 +389,7 @@ impl Stream {
         let part = std::mem::replace(&mut self.part, Part::new(end, size, hasher));
         let (segment, from, digest_from) = (part.segment, part.from, part.digest_from());
         let (pieces, before) = part.into_pieces();
+        self.index(from, end, pieces.clone());
         let (server_time, server_end) = (self.server_time, self.server_end);
         let range = RangeBytes { segment, from, to: end, digest_from, digest_to, server_time, server_end, pieces };
         self.recent_bytes += range.len();
@@ -421,6 +400,14 @@ impl Stream {
             live.part_completed(Arc::clone(&part), next_digest, segment_ended, now);
         }
         self.forget();
+    }
+
+    fn index(&self, from: Lsn, to: Lsn, pieces: Vec<Bytes>) {
+        let repositories = self.sides.iter().filter_map(|side| side.live.as_ref());
+        let repositories = repositories.map(|live| live.repository().clone()).collect();
+        let (cluster, size, branch) =
+            (self.served.id.clone(), self.served.size, self.served.branch(self.begin.timeline));
+        self.indexer.push(Streamed { cluster, branch, size, from, to, pieces, repositories });
     }
 
     /// Parts that every live repository has confirmed need not be kept.

@@ -66,6 +66,10 @@ pub enum ClusterObject {
     Manifest(BackupLabel),
     /// `backup/<label>/files-000001` and the like: a piece of what the manifest names.
     Part(PartName),
+    /// `index/<branch>/<from>-<to>`: what that WAL holds. 16 hex digits each.
+    Index(Branch, Lsn, Lsn),
+    /// `relations/<label>`: the names of relations as they were then.
+    Relations(BackupLabel),
     /// `gap/<branch>/<from>-<to>`: WAL that should be there and is not. 16 hex digits each.
     Gap(Branch, Lsn, Lsn),
     /// `conflict/<branch>/<what>.<tag>`: bytes that somebody else wrote under a name that was taken.
@@ -424,6 +428,10 @@ impl fmt::Display for ClusterObject {
             ClusterObject::Start(label) => write!(f, "backup/{label}/start"),
             ClusterObject::Manifest(label) => write!(f, "backup/{label}/manifest"),
             ClusterObject::Part(part) => write!(f, "backup/{part}"),
+            ClusterObject::Index(branch, from, to) => {
+                write!(f, "index/{branch}/{:016X}-{:016X}", from.get(), to.get())
+            }
+            ClusterObject::Relations(label) => write!(f, "relations/{label}"),
             ClusterObject::Gap(branch, from, to) => write!(f, "gap/{branch}/{:016X}-{:016X}", from.get(), to.get()),
             ClusterObject::Conflict(branch, what, tag) => match what {
                 Disputed::Range(range) => write!(f, "conflict/{branch}/{range}.{tag}"),
@@ -491,6 +499,9 @@ fn parse_cluster_object(text: &str) -> Option<ClusterObject> {
     if folder == "timeline" {
         return Some(ClusterObject::History(rest.strip_suffix(".history")?.parse().ok()?));
     }
+    if folder == "relations" {
+        return Some(ClusterObject::Relations(rest.parse().ok()?));
+    }
     let (branch, rest) = rest.split_once('/')?;
     let branch: Branch = branch.parse().ok()?;
     match folder {
@@ -510,10 +521,11 @@ fn parse_cluster_object(text: &str) -> Option<ClusterObject> {
             let file: KeptFile = rest.parse().ok()?;
             (file.timeline()? == branch.timeline).then_some(ClusterObject::WalFile(branch, file))
         }
-        "gap" => {
+        "gap" | "index" => {
             let (from, to) = rest.split_once('-')?;
             let (from, to) = (hex_lsn(from)?, hex_lsn(to)?);
-            (from < to).then_some(ClusterObject::Gap(branch, from, to))
+            let object = if folder == "gap" { ClusterObject::Gap } else { ClusterObject::Index };
+            (from < to).then(|| object(branch, from, to))
         }
         "conflict" => {
             let (what, tag) = rest.rsplit_once('.')?;
@@ -647,6 +659,16 @@ pub mod folder {
     /// Kept `.partial` and `.backup` files of all branches.
     pub fn kept_files(cluster: &ClusterId) -> String {
         format!("{cluster}/partial/")
+    }
+
+    /// Indexes of one branch.
+    pub fn index_of(cluster: &ClusterId, branch: Branch) -> String {
+        format!("{cluster}/index/{branch}/")
+    }
+
+    /// Names of relations, by when they were noted.
+    pub fn relations(cluster: &ClusterId) -> String {
+        format!("{cluster}/relations/")
     }
 
     /// Gap records of all branches.

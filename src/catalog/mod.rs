@@ -12,6 +12,7 @@
 mod branches;
 pub mod copy;
 mod error;
+pub mod index;
 pub mod inventory;
 mod join;
 pub mod layout;
@@ -19,6 +20,7 @@ pub mod load;
 mod prefix;
 pub mod reader;
 pub mod records;
+pub mod relations;
 pub mod repository;
 mod resume;
 pub mod sweep;

@@ -150,7 +150,10 @@ pub(super) fn kind_of(object: &ClusterObject) -> Kind {
         ClusterObject::Tail(..) => Kind::WalTail,
         ClusterObject::WalFile(..) | ClusterObject::Conflict(_, Disputed::File(_), _) => Kind::WalFile,
         ClusterObject::Pack(_) => Kind::Pack,
-        ClusterObject::Start(_) | ClusterObject::Manifest(_) | ClusterObject::Gap(..) => Kind::Record,
+        ClusterObject::Index(..) => Kind::Index,
+        ClusterObject::Start(_) | ClusterObject::Manifest(_) | ClusterObject::Gap(..) | ClusterObject::Relations(_) => {
+            Kind::Record
+        }
         ClusterObject::Part(part) => match part.kind {
             PartKind::Files => Kind::FileTable,
             PartKind::Tags => Kind::BlockTags,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Parser, Subcommand};
 
-use super::{backup, check, copy, demo, init, list, plan, restore, run, wal};
+use super::{backup, check, copy, demo, index, init, list, log, plan, restore, run, wal};
 use crate::plan::TimelineChoice;
 use crate::types::BackupLabel;
 
@@ -69,6 +69,8 @@ pub enum Command {
     Backup(backup::Args),
     /// Show clusters, backups, WAL and what can be restored
     List(list::Args),
+    /// Show transactions: when, what, and how to stop just before
+    Log(log::Args),
     /// Say whether and how a target can be reached; changes nothing
     Plan(plan::Args),
     /// Restore a cluster as of a target into a directory
@@ -77,6 +79,8 @@ pub enum Command {
     Wal(wal::Wal),
     /// Copy from one repository into another: all, one base backup, or a window
     Copy(copy::Args),
+    /// Care for the index that `log` searches
+    Index(index::Index),
     /// Show the whole story on a throwaway cluster, in a minute
     Demo(demo::Args),
 }

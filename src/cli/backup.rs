@@ -12,10 +12,13 @@ use super::copy::{copy_error, copy_with_progress, exit_of};
 use super::output::{Progress, bytes, bytes_per_second, count, duration};
 use super::several::{self, Away};
 use super::{CliError, Context, Exit, bucket, open, stop_on_signal};
+use crate::archive::Source;
+use crate::archive::names::{NamesError, names_of};
 use crate::archive::{ClusterStatus, archive};
 use crate::backup::{BackupError, BackupOptions, BackupPhase, BackupProgress, BackupSource, backup};
 use crate::catalog::Repository;
 use crate::catalog::records::{BackupInfo, Manifest};
+use crate::catalog::relations::RelationNames;
 use crate::config::{ClusterConfig, Config, RepositoryConfig};
 use crate::copy;
 use crate::daemon::Job;
@@ -95,6 +98,7 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
             "pages on the server have wrong checksums: the backup is kept, flagged, and not used unless asked for by name. {reason}"
         );
     }
+    let names = note_names(&job.source, &job.cluster, &repository, info).await;
     if !args.only {
         let others: Vec<&RepositoryConfig> = config
             .repositories_of(cluster)?
@@ -105,7 +109,7 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
             let copied = tokio::select! {
                 biased;
                 () = stop.cancelled() => Err((Exit::No, "stopped before it was copied".to_owned())),
-                copied = copy_to(context, &repository, other, &manifest, &cluster.name_in_repository) => copied,
+                copied = copy_to(context, &repository, other, &manifest, names.as_ref(), &cluster.name_in_repository) => copied,
             };
             copies.push(CopyOf::new(&other.name, copied));
         }
@@ -197,6 +201,7 @@ pub(super) async fn copy_to(
     from: &Repository,
     to: &RepositoryConfig,
     manifest: &Manifest,
+    names: Option<&RelationNames>,
     cluster: &ClusterName,
 ) -> Result<(), (Exit, String)> {
     let told = |error: CliError| (error.exit(), error.sentence());
@@ -206,6 +211,11 @@ pub(super) async fn copy_to(
     };
     let BackupInfo { label, system, .. } = manifest.backup;
     let id = ClusterId { name: cluster.clone(), system };
+    if let Some(names) = names
+        && let Err(error) = to.put_relations(&id, names).await
+    {
+        tracing::warn!("the names of relations were not noted in repository {}: {error}", to.name());
+    }
     let (source, target) = copy::survey(from, &to, &id).await.map_err(|error| told(copy_error(error)))?;
     let plan = copy::plan(&source, &target, &copy::Selection::Backup(label));
     let what = format!("copying to {}", to.name());
@@ -215,6 +225,28 @@ pub(super) async fn copy_to(
     match exit_of(&plan, &copied) {
         Exit::Done => Ok(()),
         exit => Err((exit, why.join("; "))),
+    }
+}
+
+/// Notes what the relations are called, for `pgkeep log`; a backup without that is as good.
+pub(super) async fn note_names(
+    source: &Source,
+    cluster: &ClusterName,
+    repository: &Repository,
+    info: &BackupInfo,
+) -> Option<RelationNames> {
+    let id = ClusterId { name: cluster.clone(), system: info.system };
+    let noted = async {
+        let names = names_of(&source.conninfo, &source.connect, info.label).await?;
+        repository.put_relations(&id, &names).await?;
+        Ok::<_, NamesError>(names)
+    };
+    match noted.await {
+        Ok(names) => Some(names),
+        Err(error) => {
+            tracing::warn!("the names of relations were not noted, `pgkeep log` will show numbers: {error}");
+            None
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::backup::{copy_to, first_that_answers};
+use super::backup::{copy_to, first_that_answers, note_names};
 use super::several::open_all;
 use super::{CliError, Context};
 use crate::archive::Source;
@@ -63,11 +63,12 @@ impl<'a> Backups<'a> {
         let (cluster, options) = (&self.cluster.name_in_repository, BackupOptions::default());
         let manifest = backup(&source, &repository, cluster, &options, &progress, stop).await;
         let manifest = manifest.map_err(super::backup::backup_error)?;
+        let names = note_names(&self.source, cluster, &repository, &manifest.backup).await;
         for other in self.config.repositories_of(self.cluster)? {
             if other.name == repository.name() || away.iter().any(|away| away.repository == other.name) {
                 continue;
             }
-            if let Err((_, why)) = copy_to(self.context, &repository, other, &manifest, cluster).await {
+            if let Err((_, why)) = copy_to(self.context, &repository, other, &manifest, names.as_ref(), cluster).await {
                 let label = manifest.backup.label;
                 tracing::warn!(cluster = %self.cluster.name, "base backup {label} is not in repository {}: {why}", other.name);
             }

@@ -23,8 +23,10 @@ mod backup;
 mod check;
 mod copy;
 mod demo;
+mod index;
 mod init;
 mod list;
+mod log;
 mod plan;
 mod restore;
 mod run;
@@ -123,11 +125,13 @@ async fn dispatch(context: &Context, command: Command) -> Result<Exit, CliError>
         Command::Run(args) => run::run(context, args).await,
         Command::Backup(args) => backup::run(context, args).await,
         Command::List(args) => list::run(context, args).await,
+        Command::Log(args) => log::run(context, args).await,
         Command::Plan(args) => plan::run(context, args).await,
         Command::Restore(args) => restore::run(context, args).await,
         Command::Wal(wal::Wal { hook: wal::Command::Push(args) }) => wal::push::run(context, args).await,
         Command::Wal(wal::Wal { hook: wal::Command::Fetch(args) }) => wal::fetch::run(context, args).await,
         Command::Copy(args) => copy::run(context, args).await,
+        Command::Index(index::Index { what: index::Command::Rebuild(args) }) => index::rebuild(context, args).await,
         Command::Demo(args) => demo::run(context, args).await,
     }
 }

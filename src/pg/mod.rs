@@ -15,6 +15,7 @@ pub mod control_file;
 mod error;
 pub mod instance;
 mod query;
+pub mod relations;
 mod replication;
 mod segment_digest;
 pub mod tar;

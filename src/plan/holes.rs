@@ -196,6 +196,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::single_range_in_vec_init, reason = "one range of segments is meant")]
     fn p3_a_second_history_needs_a_base_backup_of_its_own() {
         let fork = format!("1\t{}\tx\n", at(4).advance(8));
         let mut inventory =

@@ -142,6 +142,18 @@ impl PageChecker {
     }
 }
 
+/// Is the page at `at` one that belongs there, in WAL of `timeline` or of its ancestors; or zeros?
+///
+/// # Errors
+/// What is wrong with its header, among others that it is a page of another place.
+pub fn check_page(at: Lsn, bytes: &[u8], size: SegmentSize, timeline: TimelineId) -> Result<(), WalDamage> {
+    let header = bytes.get(..header_len(at, size)).unwrap_or(bytes);
+    if !header.is_empty() && header.iter().all(|byte| *byte == 0) {
+        return Ok(());
+    }
+    PageChecker::new(size, None, Some(timeline)).check(at, bytes).map(drop)
+}
+
 /// Checks every page header of a stream of WAL as it passes, without keeping the stream.
 ///
 /// Cheap enough for every byte that is archived: it looks at 24 of 8192. What lies between the headers is not looked at, save

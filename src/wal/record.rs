@@ -14,6 +14,20 @@ pub mod rmgr {
     pub const XLOG: u8 = 0;
     /// Ends of transactions.
     pub const XACT: u8 = 1;
+    /// Files of relations that are created or cut short.
+    pub const SMGR: u8 = 2;
+    /// Databases.
+    pub const DBASE: u8 = 4;
+    /// Tablespaces.
+    pub const TBLSPC: u8 = 5;
+    /// What a standby has to know: locks and running transactions.
+    pub const STANDBY: u8 = 8;
+    /// Tables: multi-inserts, cleaning up.
+    pub const HEAP2: u8 = 9;
+    /// Tables: single rows.
+    pub const HEAP: u8 = 10;
+    /// Messages to logical decoding: as long as somebody likes.
+    pub const LOGICALMSG: u8 = 21;
     /// The last of PostgreSQL's own.
     pub(in crate::wal) const LAST_BUILTIN: u8 = 21;
     /// The first that extensions may have, from 15 on.
@@ -86,7 +100,7 @@ pub enum Fork {
 }
 
 /// A relation's files: tablespace, database, number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RelFile {
     /// OID of the tablespace.
     pub tablespace: u32,
@@ -236,6 +250,12 @@ impl<'a> Record<'a> {
     /// What the record says beside its blocks. Does not allocate.
     pub fn main_data(&self) -> Result<&'a [u8], WalDamage> {
         let headers = self.walk(|_| ())?;
+        Ok(headers.data.get(headers.data.len() - headers.main_len..).unwrap_or_default())
+    }
+
+    /// Calls `on_block` with each block reference's number, relation and fork, and gives the main data. Does not allocate.
+    pub(super) fn each_relation(&self, mut on_block: impl FnMut(u8, RelFile, Fork)) -> Result<&'a [u8], WalDamage> {
+        let headers = self.walk(|block| on_block(block.id, block.relation, block.fork))?;
         Ok(headers.data.get(headers.data.len() - headers.main_len..).unwrap_or_default())
     }
 

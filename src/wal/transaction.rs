@@ -2,7 +2,7 @@
 
 use super::error::WalDamage;
 use super::page::{u32_at, u64_at};
-use super::record::{Record, rmgr};
+use super::record::{Record, RelFile, rmgr};
 use crate::types::{Lsn, PgTimestamp, TimelineId};
 
 /// What a record says that concerns a restore.
@@ -309,6 +309,30 @@ fn transaction_end(mut data: Reader<'_>) -> Result<Fact, WalDamage> {
     } else {
         Ok(Fact::Abort { xid, time, subxids, prepared })
     }
+}
+
+/// The relations whose files go with this commit; nothing for any other record.
+pub(super) fn dropped_relations(record: &Record<'_>) -> Result<Vec<RelFile>, WalDamage> {
+    let commits = matches!(record.info & XACT_MASK, COMMIT | COMMIT_PREPARED);
+    if record.rmgr != rmgr::XACT || !commits || record.info & HAS_XINFO == 0 {
+        return Ok(Vec::new());
+    }
+    let mut data = Reader { bytes: record.main_data()?, record };
+    data.take(8)?;
+    let xinfo = data.take_u32()?;
+    if xinfo & XINFO_RELATIONS == 0 {
+        return Ok(Vec::new());
+    }
+    if xinfo & XINFO_DBINFO != 0 {
+        data.take(8)?;
+    }
+    if xinfo & XINFO_SUBXACTS != 0 {
+        data.take_list(4)?;
+    }
+    let list = data.take_list(12)?.chunks_exact(12);
+    let relation =
+        |entry| Some(RelFile { tablespace: u32_at(entry, 0)?, database: u32_at(entry, 4)?, number: u32_at(entry, 8)? });
+    Ok(list.filter_map(relation).collect())
 }
 
 fn restore_point(data: &Reader<'_>) -> Result<Fact, WalDamage> {

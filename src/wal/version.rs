@@ -19,6 +19,8 @@ pub struct WalFormat {
     pub(super) dropped_stats: Option<usize>,
     /// Checkpoints and end-of-recovery records tell `wal_level`.
     pub(super) tells_wal_level: bool,
+    /// Which record of the databases' resource manager says that one is dropped; lower ones create.
+    pub(super) drop_database: u8,
 }
 
 /// Bits of `bimg_info`; 0 where the version has no such bit. Bit 1, "has a hole", is the same everywhere.
@@ -40,12 +42,12 @@ const MAX_RECORD_13: u32 = 0x3FFF_FFFF;
 
 #[rustfmt::skip]
 static FORMATS: [WalFormat; 6] = [
-    WalFormat { major: 13, magic: 0xD106, max_record: MAX_RECORD_13, custom_rmgrs: false, top_level_xid: false, image: IMAGE_13, dropped_stats: None,     tells_wal_level: false },
-    WalFormat { major: 14, magic: 0xD10D, max_record: MAX_RECORD_13, custom_rmgrs: false, top_level_xid: true,  image: IMAGE_13, dropped_stats: None,     tells_wal_level: false },
-    WalFormat { major: 15, magic: 0xD110, max_record: MAX_RECORD_13, custom_rmgrs: true,  top_level_xid: true,  image: IMAGE_15, dropped_stats: Some(12), tells_wal_level: false },
-    WalFormat { major: 16, magic: 0xD113, max_record: MAX_RECORD_16, custom_rmgrs: true,  top_level_xid: true,  image: IMAGE_15, dropped_stats: Some(12), tells_wal_level: false },
-    WalFormat { major: 17, magic: 0xD116, max_record: MAX_RECORD_16, custom_rmgrs: true,  top_level_xid: true,  image: IMAGE_15, dropped_stats: Some(12), tells_wal_level: true },
-    WalFormat { major: 18, magic: 0xD118, max_record: MAX_RECORD_16, custom_rmgrs: true,  top_level_xid: true,  image: IMAGE_15, dropped_stats: Some(16), tells_wal_level: true },
+    WalFormat { major: 13, magic: 0xD106, max_record: MAX_RECORD_13, custom_rmgrs: false, top_level_xid: false, image: IMAGE_13, dropped_stats: None,     tells_wal_level: false, drop_database: 0x10 },
+    WalFormat { major: 14, magic: 0xD10D, max_record: MAX_RECORD_13, custom_rmgrs: false, top_level_xid: true,  image: IMAGE_13, dropped_stats: None,     tells_wal_level: false, drop_database: 0x10 },
+    WalFormat { major: 15, magic: 0xD110, max_record: MAX_RECORD_13, custom_rmgrs: true,  top_level_xid: true,  image: IMAGE_15, dropped_stats: Some(12), tells_wal_level: false, drop_database: 0x20 },
+    WalFormat { major: 16, magic: 0xD113, max_record: MAX_RECORD_16, custom_rmgrs: true,  top_level_xid: true,  image: IMAGE_15, dropped_stats: Some(12), tells_wal_level: false, drop_database: 0x20 },
+    WalFormat { major: 17, magic: 0xD116, max_record: MAX_RECORD_16, custom_rmgrs: true,  top_level_xid: true,  image: IMAGE_15, dropped_stats: Some(12), tells_wal_level: true, drop_database: 0x20 },
+    WalFormat { major: 18, magic: 0xD118, max_record: MAX_RECORD_16, custom_rmgrs: true,  top_level_xid: true,  image: IMAGE_15, dropped_stats: Some(16), tells_wal_level: true, drop_database: 0x20 },
 ];
 
 /// The version whose pages begin with `magic`; `None` for one we do not know.

@@ -303,6 +303,9 @@ impl Drop for Stores<'_> {
     }
 }
 
+/// Commits after which [`Clients`] take their time.
+const MANY: u64 = 3000;
+
 /// Clients that insert rows into `judged (id bigint, filler text)`, ten of one id per transaction, and note each commit that has
 /// returned: the id, and a position before its commit record.
 pub struct Clients {
@@ -312,7 +315,8 @@ pub struct Clients {
 }
 
 impl Clients {
-    /// So many, each as fast as it gets answers.
+    /// So many, each as fast as it gets answers; slower behind [`MANY`] commits, so that a fast machine has no more to
+    /// compare in the end than a slow one.
     pub fn start(pg: &TestPg, count: usize) -> Clients {
         let (stop, noted, next) = (Arc::new(AtomicBool::new(false)), Arc::default(), Arc::new(AtomicU64::new(1)));
         let client = |_| {
@@ -353,6 +357,9 @@ fn commit(info: &ConnInfo, stop: &AtomicBool, noted: &Mutex<BTreeMap<u64, Lsn>>,
             let rows = ok(session.query(&sql).await);
             let at: String = ok(rows[0].parse(0));
             noted.lock().expect("clients do not panic").insert(id, at.parse().expect("a position"));
+            if id > MANY {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
         }
     });
 }

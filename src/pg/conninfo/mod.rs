@@ -211,6 +211,12 @@ impl ConnInfo {
         &self.database
     }
 
+    /// The same, for SQL in another database.
+    #[must_use]
+    pub fn with_database(&self, database: &str) -> ConnInfo {
+        ConnInfo { database: database.to_owned(), ..self.clone() }
+    }
+
     /// Where this points, for messages: hosts with ports, and the user.
     pub fn describe(&self) -> String {
         let hosts: Vec<_> = self.hosts.iter().map(ToString::to_string).collect();
