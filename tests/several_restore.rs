@@ -92,11 +92,22 @@ fn p2_the_repository_is_chosen_by_what_it_holds_and_those_away_are_said() {
     back(&rig, "copy");
     away(&rig, "main");
     rig.run(&["plan", "--to", &middle]).exits(0).says("from      repository copy").says("left out  repository main");
+    // What it holds was compared with nothing: when it is back in the middle of recovery, it is not asked for WAL (P6).
+    assert!(fetched_by(&rig, &middle).contains(" --from copy "), "{}", fetched_by(&rig, &middle));
     away(&rig, "copy");
     rig.run(&["plan", "--to", &middle]).exits(3).says("no repository answers");
     back(&rig, "copy");
     let restored = rig.restored(installation, "latest", "data", &[]);
     assert_eq!(dump(&restored), want);
+    back(&rig, "main");
+    assert!(!fetched_by(&rig, &middle).contains("--from"), "{}", fetched_by(&rig, &middle));
+}
+
+/// The `restore_command` of a restore to `to`.
+fn fetched_by(rig: &Rig, to: &str) -> String {
+    let pgdata = rig.path("nowhere");
+    let answer = rig.json(&["restore", "--dry-run", "--json", "--to", to, "--pgdata", pgdata.to_str().unwrap()]);
+    answer["restore_command"].as_str().unwrap().to_owned()
 }
 
 /// A repository over faults that can be switched on.
