@@ -33,6 +33,7 @@ const ROOMS: &[Room] = &[
     room("plan", &["types", "wal", "catalog"], "planning is pure: values in, a plan out"),
     room("restore", &["types", "pg", "wal", "catalog", "plan"], "restoring never needs the archiving side"),
     room("config", &["types"], "configuration is values; it stops at daemon and cli"),
+    room("helper", &["types"], "it carries requests and answers, and knows no meaning"),
     room(
         "daemon",
         &["types", "pg", "wal", "seal", "store", "catalog", "archive", "backup", "plan", "restore", "config"],
@@ -42,7 +43,7 @@ const ROOMS: &[Room] = &[
         "cli",
         &[
             "types", "pg", "wal", "seal", "store", "catalog", "archive", "backup", "copy", "plan", "restore", "config",
-            "daemon",
+            "helper", "daemon",
         ],
         "",
     ),

@@ -139,6 +139,10 @@ fn p6_two_restores_under_one_timeline_are_two_branches() {
     archive(&mut rig, &second, "b1", "2.1");
     assert_eq!(branches(&rig), ["00000001", "00000002", "00000002.1"]);
     archive(&mut rig, &first, "a2", "00000002");
+    // What the other one wrote, and how far, is no lag of this one.
+    let check = rig.json(&["check", "--json"])["items"].clone();
+    let archived = check.as_array().and_then(|items| items.iter().find(|item| item["item"] == "archived")).cloned();
+    assert!(archived.as_ref().is_some_and(|item| item["state"] == "ok"), "{check}");
     archive(&mut rig, &second, "b2", "2.1");
     assert_eq!(branches(&rig), ["00000001", "00000002", "00000002.1"], "both were recognised");
 

@@ -54,7 +54,8 @@ application_name = "pgkeep (spare)"
 max_delay = "250ms"
 synchronous = true
 shutdown_deadline = "1m 30s"
-fill_rate = "50MB/s""#,
+fill_rate = "50MB/s"
+index = false"#,
     );
     let config = parse(&text).unwrap();
     let cluster = &config.clusters[0];
@@ -62,7 +63,7 @@ fill_rate = "50MB/s""#,
     assert_eq!(cluster.shutdown_deadline, Duration::from_secs(90));
     assert_eq!(cluster.fill_rate.map(u64::from), Some(50_000_000));
     assert_eq!(cluster.name_in_repository.as_str(), "old-name");
-    assert!(cluster.synchronous);
+    assert!(cluster.synchronous && !cluster.index && parse(GOOD).unwrap().clusters[0].index);
 }
 
 #[test]

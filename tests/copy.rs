@@ -64,6 +64,7 @@ fn all_is_copied_and_restored_from_the_copy_alone() {
     for_each_major(|installation| {
         for same_realm in if installation.major == any_major().major { vec![true, false] } else { vec![false] } {
             let Archived { rig, labels, times, dump: want } = archived(installation, 1, same_realm);
+            rig.done(&["index", "rebuild", "--repository", "main"]);
             let first = rig.json(&copy(&["--all", "--json"]));
             assert_eq!(first["complete"], true, "{first}");
             assert_eq!(first["same_realm"], same_realm);
@@ -79,6 +80,11 @@ fn all_is_copied_and_restored_from_the_copy_alone() {
                 let copy = rig.path("copy").join(path.strip_prefix(rig.path("main")).unwrap());
                 assert_eq!(ok(fs::read(&path)) == ok(fs::read(copy)), same_realm, "{}", path.display());
             }
+            // The index goes with its WAL, and the names: the copy tells the same.
+            let log = |name: &str| rig.json(&["log", "--repository", name, "--cluster", "main", "--json"]);
+            let (from_main, from_copy) = (log("main"), log("copy"));
+            assert!(from_copy["indexed_bytes"].as_u64() > Some(1 << 20), "{from_copy}");
+            assert_eq!(from_main["transactions"], from_copy["transactions"]);
             ok(fs::rename(rig.path("main"), rig.path("away")));
             let from_copy = ["--repository", "copy", "--cluster", "main"];
             let restored = rig.restored(installation, "latest", "latest", &from_copy);
@@ -195,20 +201,21 @@ fn p4_damage_in_the_source_is_named_and_the_rest_is_copied() {
     for same_realm in [true, false] {
         let installation = any_major();
         let Archived { rig, labels, dump: want, .. } = archived(installation, 1, same_realm);
-        let pack = rig.objects("main", &["/pack/", &labels[0]]).first().expect("a pack").clone();
+        // What the second one stored: the first one's packs are in use by both.
+        let pack = rig.objects("main", &["/pack/", &labels[1]]).first().expect("a pack").clone();
         // A segment that no base backup needs: the last complete one.
         let segment = rig.objects("main", &["/wal/0"]).last().expect("a segment").clone();
         let name = |path: &std::path::Path| path.file_name().unwrap().to_string_lossy().into_owned();
         flip(&pack, |len| len / 2);
         flip(&segment, |len| len / 2);
         let ran = rig.run(&copy(&["--all"])).exits(1);
-        for named in [&format!("pack/{}/{}", labels[0], name(&pack)), &name(&segment)] {
+        for named in [&format!("pack/{}/{}", labels[1], name(&pack)), &name(&segment)] {
             assert!(ran.stdout.contains(named.as_str()), "{named} is not named in {ran:?}");
         }
         let list = rig.json(&["list", "--json", "--repository", "copy"]);
         let there: Vec<&str> =
             list["clusters"][0]["backups"].as_array().unwrap().iter().filter_map(|b| b["label"].as_str()).collect();
-        assert_eq!(there, [labels[1].as_str()], "the sound one alone: {list}");
+        assert_eq!(there, [labels[0].as_str()], "the sound one alone: {list}");
         assert!(rig.objects("copy", &[&name(&segment)]).is_empty());
         // Mended, the rest follows.
         flip(&pack, |len| len / 2);

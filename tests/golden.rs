@@ -7,11 +7,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use pgkeep::catalog::index::{IndexFile, IndexWriter};
 use pgkeep::seal::{
     Binding, BlockTagger, Codec, ContentKey, FrameKey, Header, KeyFile, KeyRole, Kind, MAX_FRAME, ObjectSealer, Part,
     SealError, open_tail, open_whole, peek_tail_prelude, seal_whole,
 };
-use pgkeep::types::Id128;
+use pgkeep::types::{Id128, Lsn, PgTimestamp};
+use pgkeep::wal::{
+    Changes, End, Landmark, LandmarkKind, Parameters, Part as Transaction, RelFile, Touched, WalLevel, marks,
+};
 use sha2::{Digest as _, Sha256};
 
 const REALM: Id128 = Id128::new(*b"golden realm v1.");
@@ -22,6 +26,7 @@ const PACK: &str = "main/7312345678901234567/pack/20261120T031500Z/000001";
 const MANIFEST: &str = "main/7312345678901234567/backup/20261120T031500Z/manifest";
 const HISTORY: &str = "main/7312345678901234567/timeline/00000002.history";
 const EVENT: &str = "main/7312345678901234567/event/writer/1";
+const INDEX: &str = "main/7312345678901234567/index/00000001/0000000008000000-0000000010000000";
 const NOTE: &str = r#"{"note":"what the kind adds"}"#;
 
 /// What an object holds when it opens.
@@ -32,6 +37,8 @@ enum Holds {
     Large,
     Nothing,
     Record,
+    /// The index of this version.
+    Index(u8),
     /// This many of the tail's frames, and whether damage is reported.
     Tail(usize, bool),
 }
@@ -63,6 +70,8 @@ fn cases() -> Vec<Case> {
         case("empty", History, HISTORY, Ok(Nothing)),
         case("record", Record, MANIFEST, Ok(Holds::Record)),
         case("event", Event, EVENT, Ok(Holds::Record)),
+        case("index_1", Kind::Index, INDEX, Ok(Holds::Index(1))),
+        case("index_2", Kind::Index, INDEX, Ok(Holds::Index(2))),
         case("tail", WalTail, OPEN, Ok(Tail(4, false))),
         case("tail_preallocated", WalTail, OPEN, Ok(Tail(4, false))),
         case("cut_after_frame_0", WalRange, WAL, cut(Part::Trailer)),
@@ -103,6 +112,96 @@ fn large() -> Vec<u8> {
 
 fn record() -> Vec<u8> {
     br#"{"label":"20261120T031500Z","packs":[]}"#.to_vec()
+}
+
+/// A transaction that ended and one that went on.
+fn transactions() -> [Transaction; 2] {
+    let orders = Touched::File(RelFile { tablespace: 1663, database: 16384, number: 16390 });
+    let lock = Touched::Relation { database: 16384, oid: 16385 };
+    let dropped = Changes { deletes: 2, marks: marks::DROPPED, ..Changes::default() };
+    let locked = Changes { marks: marks::LOCKED, ..Changes::default() };
+    let end = End {
+        start: Lsn::new(0x9000200),
+        end: Lsn::new(0x9000340),
+        time: PgTimestamp::new(817_000_000_123_456),
+        aborted: false,
+        prepared: true,
+        subxids: vec![733, 731],
+    };
+    let ended = Transaction {
+        xid: 730,
+        first: Lsn::new(0x8fff000),
+        bytes: 4711,
+        touched: vec![(orders, dropped), (lock, locked)],
+        others: 3,
+        incomplete: true,
+        early: Some(Lsn::new(0x9000100)),
+        end: Some(end),
+    };
+    let touched = vec![(orders, Changes { inserts: 300, ..Changes::default() })];
+    let open = Transaction {
+        xid: 740,
+        first: Lsn::new(0xffff000),
+        bytes: 99,
+        touched,
+        others: 0,
+        incomplete: false,
+        early: None,
+        end: None,
+    };
+    [ended, open]
+}
+
+fn landmarks() -> [Landmark; 2] {
+    let what =
+        LandmarkKind::RestorePoint { name: "before release".to_owned(), time: PgTimestamp::new(817_000_000_000_000) };
+    let parameters = Parameters {
+        max_connections: 100,
+        max_worker_processes: 8,
+        max_wal_senders: 10,
+        max_prepared_transactions: 0,
+        max_locks_per_transaction: 64,
+        wal_level: WalLevel::Logical,
+        wal_log_hints: true,
+        track_commit_timestamp: false,
+    };
+    let point = Landmark { start: Lsn::new(0x8000100), end: Lsn::new(0x8000170), what };
+    let what = LandmarkKind::Parameters(parameters);
+    [point, Landmark { start: Lsn::new(0xa000000), end: Lsn::new(0xa000040), what }]
+}
+
+/// An index as that version wrote it: the first one ends behind the transactions.
+fn index(version: u8) -> Vec<u8> {
+    let write = |landmarks: &[Landmark]| {
+        let mut writer = IndexWriter::new(Lsn::new(0x800_0000));
+        transactions().iter().for_each(|part| writer.push(part));
+        landmarks.iter().for_each(|landmark| writer.push_landmark(landmark));
+        writer.finish(Lsn::new(0x1000_0000), 17, Some(740)).0
+    };
+    match version {
+        2 => write(&landmarks()),
+        _ => {
+            let mut bytes = write(&[]);
+            bytes.truncate(bytes.len() - 2); // no landmarks, and none left out
+            bytes[0] = version;
+            bytes
+        }
+    }
+}
+
+/// What is written today opens as what was written then; and what was written then says the same.
+#[test]
+fn golden_indexes_of_every_version_are_read() {
+    for (case, version) in [("index_1", 1), ("index_2", 2)] {
+        let cases = cases();
+        let case = cases.iter().find(|one| one.file == case).unwrap();
+        let (plaintext, ..) = open(case).unwrap();
+        let file = IndexFile::read(plaintext).unwrap();
+        assert_eq!((file.major, file.from, file.to), (17, Lsn::new(0x800_0000), Lsn::new(0x1000_0000)));
+        let seen: Vec<_> = file.ended().chain(file.open()).map(|entry| file.part(&entry.unwrap())).collect();
+        assert_eq!(seen, transactions());
+        assert_eq!(file.landmarks, (version == 2).then(|| landmarks().to_vec()), "version {version}");
+    }
 }
 
 fn appends() -> [Vec<u8>; 4] {
@@ -150,6 +249,7 @@ fn holds(holds: &Holds) -> (Vec<u8>, bool) {
         Large => (large(), false),
         Nothing => (Vec::new(), false),
         Holds::Record => (record(), false),
+        Holds::Index(version) => (index(*version), false),
         Tail(frames, damage) => (appends()[..*frames].concat(), *damage),
     }
 }
@@ -264,6 +364,10 @@ fn write_golden_objects() {
     write("lz4", &lz4);
     write("empty", &seal(FrameKey::Meta(meta), Kind::History, HISTORY, Codec::Lz4, b"").concat());
     write("record", &seal(FrameKey::Meta(meta), Kind::Record, MANIFEST, Codec::Lz4, &record()).concat());
+    for version in [1, 2] {
+        let sealed = seal(FrameKey::Meta(meta), Kind::Index, INDEX, Codec::Lz4, &index(version));
+        write(&format!("index_{version}"), &sealed.concat());
+    }
     write("event", &seal(FrameKey::Meta(meta), Kind::Event, EVENT, Codec::Lz4, &record()).concat());
     let several = seal(by_content, Kind::WalRange, WAL, Codec::Lz4, &large());
     let [header, f0, f1, f2, footer] = several.clone().try_into().unwrap();
@@ -326,6 +430,13 @@ fn index_entry(case: &Case) -> serde_json::Value {
     });
     if case.kind == Kind::Event {
         entry["repository"] = serde_json::json!(REPOSITORY);
+    }
+    if let Ok(Holds::Index(version)) = &case.want {
+        let landmarks = [["8000100", "before release"], ["A000000", "max_connections = 100"]];
+        entry["index"] = serde_json::json!({
+            "major": 17, "ended": [[730, "0/9000200"]], "open": [[740, "0/FFFF000"]],
+            "landmarks": if *version == 1 { &[][..] } else { &landmarks[..] },
+        });
     }
     match &case.want {
         Ok(want) => {

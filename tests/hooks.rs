@@ -1,5 +1,7 @@
 //! `pgkeep wal push` and `pgkeep wal fetch` as PostgreSQL runs them: real servers, the real program, real recoveries.
 
+#[path = "hooks/push.rs"]
+mod push;
 mod support;
 
 use std::fs;

@@ -1,10 +1,14 @@
 //! `pgkeep log`: a table is dropped, the moment is found, and a restore stops just before it. By the program as it is typed.
+//! And what `pgkeep plan` says of a restore point that lies before it.
 
 mod support;
 
 use std::fs;
 use std::time::Duration;
 
+use pgkeep::catalog::index::{IndexNote, IndexWriter};
+use pgkeep::pg::instance::give_to_server_user;
+use pgkeep::types::{Branch, TimelineId};
 use serde_json::Value;
 use support::rig::{Rig, flip, next_second};
 use support::{TestPg, any_major, ok, wait_until};
@@ -25,6 +29,25 @@ fn only(rig: &Rig, args: &[&str]) -> Value {
 fn names(transaction: &Value) -> Vec<String> {
     let relations = transaction["relations"].as_array().expect("relations").iter();
     relations.filter_map(|relation| Some(relation["name"]["name"].as_str()?.to_owned())).collect()
+}
+
+/// Puts in the place of the first index what the version before would have made: it tells no landmarks.
+fn put_older(rig: &Rig) {
+    let (main, cluster, branch) = (rig.open("main"), rig.cluster(), Branch::first(TimelineId::FIRST));
+    rig.block_on(async {
+        let range = ok(main.list_indexes(&cluster, branch).await).remove(0);
+        let (file, note) = (ok(main.get_index(&range).await), ok(main.index_note(&range).await));
+        let mut writer = IndexWriter::new(file.from);
+        file.ended().chain(file.open()).for_each(|entry| writer.push(&file.part(&ok(entry))));
+        let (mut bytes, _) = writer.finish(file.to, file.major, note.newest_xid);
+        bytes.truncate(bytes.len() - 2);
+        bytes[0] = 1;
+        let range = format!("{:016X}-{:016X}", range.from.get(), range.to.get());
+        rig.objects("main", &["index", &range]).into_iter().for_each(|object| ok(fs::remove_file(object)));
+        let note = IndexNote { restore_points: None, parameter_changes: None, ..note };
+        assert!(ok(main.put_index(&cluster, branch, &bytes, &note).await));
+    });
+    ok(give_to_server_user(rig.dir.path()));
 }
 
 /// Everything that is there, without what depends on how it was found.
@@ -57,6 +80,7 @@ fn a_dropped_table_is_found_and_restored() {
                        WHERE datname = 'postgres'",
     );
     let before = pg.sql("SELECT to_json(clock_timestamp())").replace('"', "");
+    pg.sql("SELECT pg_create_restore_point('before drop')");
     pg.sql("DROP TABLE orders");
     let after = pg.sql("SELECT to_json(clock_timestamp())").replace('"', "");
     pg.sql("CREATE TABLE later (n int); INSERT INTO later VALUES (1)");
@@ -90,7 +114,35 @@ fn a_dropped_table_is_found_and_restored() {
     let text = rig.done(&["log", "--repository", "main", "--from", &before]).stdout;
     assert!(text.contains("public.orders in postgres: dropped"), "{text}");
     rig.run(&["log", "--repository", "main", "--relation", "public.nowhere"]).exits(1).says("no relation called");
-    rig.run(&["log", "--repository", "main", "--xid", "1"]).exits(1).says("No transaction");
+    rig.run(&["log", "--repository", "main", "--xid", "1"]).exits(1).says("Nothing is");
+    rig.run(&["log", "--repository", "main", "--timeline", "7"]).exits(2).says("there is no WAL of branch 00000007");
+
+    // A restore point is no transaction; it is found, and `plan` says where it is and what a restore to it takes.
+    let landmarks = |kind: &str| rig.json(&["log", "--repository", "main", "--json", "--kind", kind]);
+    let points = landmarks("restore-point");
+    let point = points["restore_points"][0].clone();
+    assert_eq!(
+        (&point["name"], &points["transactions"]),
+        (&"before drop".into(), &serde_json::json!([])),
+        "{points:#}"
+    );
+    let parameters = landmarks("parameters");
+    assert_eq!(parameters["parameter_changes"][0]["parameters"]["max_prepared_transactions"], 2, "{parameters:#}");
+    let all = rig.done(&["log", "--repository", "main", "--from", &before, "--timeline", "1"]).stdout;
+    let [named, dropped] = ["restore point \"before drop\"", "public.orders in postgres: dropped"].map(|t| all.find(t));
+    assert!(named.is_some() && named < dropped, "{all}");
+    for to in ["name:before drop", point["restore_arguments"].as_str().and_then(|a| a.strip_prefix("--to ")).unwrap()] {
+        let document = rig.json(&["plan", "--repository", "main", "--json", "--to", to]);
+        let plan = &document["plan"];
+        assert_eq!((&plan["stop"]["record"], &plan["stop"]["inclusive"]), (&point["lsn"], &true.into()), "{plan:#}");
+        assert_eq!(plan["located"]["lsn"] == point["lsn"], to.starts_with("name:"), "{plan:#}");
+        assert_eq!(plan["first_excluded"]["xid"], drop["xid"]);
+        assert!(plan["proof"]["base_objects_opened"].as_u64() > Some(2) && plan["keys"][0].is_string(), "{plan:#}");
+        assert_eq!(plan["proof"]["wal_bytes_checked"], plan["fetch"]["wal_bytes"]);
+        assert!(plan["estimate"]["measured"]["bytes"].as_u64() > Some(1 << 20), "{plan:#}");
+    }
+    let told = rig.run(&["plan", "--repository", "main", "--to", "name:never made"]).exits(1);
+    assert!(told.all().contains("by the index: \"before drop\""), "{}", told.all());
 
     // The index says what the WAL says; one that is damaged is passed over and made again.
     let (with_index, document) = everything(&rig, "main");
@@ -104,6 +156,19 @@ fn a_dropped_table_is_found_and_restored() {
     assert_eq!(rebuilt["repositories"][0]["ranges"], 1, "{rebuilt:#}");
     let (mended, document) = everything(&rig, "main");
     assert_eq!((mended, &document["remarks"]), (with_index.clone(), &serde_json::json!([])));
+    // One of the version before is read, but for what it does not tell; it can be made anew.
+    put_older(&rig);
+    assert_eq!(everything(&rig, "main").0, with_index);
+    let older = landmarks("restore-point");
+    assert_eq!(older["restore_points"], points["restore_points"]);
+    assert!(older["wal_bytes_read"].as_u64() > Some(0) && older["remarks"][0].is_string(), "{older:#}");
+    rig.done(&["index", "rebuild", "--repository", "main", "--all"]);
+    let anew = landmarks("restore-point");
+    assert_eq!(
+        (&anew["restore_points"], &anew["remarks"]),
+        (&points["restore_points"], &serde_json::json!([])),
+        "{anew:#}"
+    );
     for object in rig.objects("main", &["index"]) {
         ok(fs::remove_file(object));
     }

@@ -91,6 +91,10 @@ fn one_goes_away_and_is_filled_up_from_the_other() {
         if needed == 1 {
             archiver.wait_durable(to);
             wait_until("the slot to move on", SOON, || slot(&pg) > lost_at.advance(2 * MIB));
+            // Its index has to come over with it.
+            let main = several.repository(0);
+            let made = ok(several.runtime.block_on(main.rebuild_indexes(&several.id(0), false, &|_, _| {})));
+            assert_eq!((made.ranges, made.left), (1, Vec::new()));
             wait_until("the server to remove old WAL", SOON, || {
                 pg.sql("INSERT INTO t VALUES (0); SELECT pg_switch_wal(); CHECKPOINT");
                 !kept.exists()
@@ -111,6 +115,12 @@ fn one_goes_away_and_is_filled_up_from_the_other() {
         several.stop(archiver);
         assert!(before < several.durable(1, 1));
         several.assert_same_segments(0, 1, 1, begins(&several, 0), several.durable(1, 1), small());
+        let index_of = |repository: usize| {
+            let (branch, id) = (pgkeep::types::Branch::first(TimelineId::FIRST), several.id(repository));
+            let ranges = several.runtime.block_on(several.repository(repository).list_indexes(&id, branch));
+            ok(ranges).into_iter().map(|range| (range.from, range.to)).collect::<Vec<_>>()
+        };
+        assert_eq!((index_of(1).len(), index_of(1)), (usize::from(needed == 1), index_of(0)));
     }
 }
 
@@ -296,12 +306,24 @@ fn p6_a_second_history_has_one_name_in_all_repositories() {
 
     let mut rolled_back = TestPg::attach(any_major(), &copy);
     ok(rolled_back.start());
-    rolled_back.sql("INSERT INTO t SELECT g, repeat('o', 300) FROM generate_series(1, 500) g");
     several.doors[1].faults.set_plan(down());
-    let archiver = several.start(&rolled_back, options());
-    let waits = || matches!(&*archiver.seen.borrow(), ClusterStatus::Waiting { .. });
-    wait_until("it to wait for the other repository", SOON, waits);
-    assert_eq!(several.objects(0), before[0], "nothing begins while one is away");
+    // Behind what is archived, and beyond it.
+    let mut archiver = None;
+    for rows in [500, 15_000] {
+        rolled_back.sql(&format!("INSERT INTO t SELECT g, repeat('o', 300) FROM generate_series(1, {rows}) g"));
+        assert_eq!(flushed(&rolled_back) > several.durable(0, 1), rows > 500, "the scene is not what it should be");
+        if let Some(archiver) = archiver.take() {
+            several.kill(archiver);
+        }
+        let started = archiver.insert(several.start(&rolled_back, options()));
+        wait_until(
+            "it to wait for the other repository",
+            SOON,
+            || matches!(&*started.seen.borrow(), ClusterStatus::Waiting { reason } if reason.contains("begins a branch only when all do")),
+        );
+        assert_eq!(several.objects(0), before[0], "nothing begins while one is away");
+    }
+    let archiver = archiver.expect("one that runs");
     several.doors[1].faults.set_plan(FaultPlan::none());
     let to = write(&rolled_back);
     (0..2).for_each(|index| wait_held(&archiver, index, to));

@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -246,6 +247,63 @@ fn p1_goes_on_behind_a_removed_segment_only_where_records_follow() {
     let inventory = ok(archive.runtime.block_on(archive.repository.load(&archive.id())));
     assert!(inventory.gaps.is_empty(), "{:?}", inventory.gaps);
     assert_eq!(inventory.branches.values().next().unwrap().runs(size).len(), 1);
+}
+
+/// A rolled-back server whose WAL behind a segment's border is the same as what is archived there, byte by byte, for a page's
+/// header and one record, and another in the segment before: that little overlap is not believed.
+#[test]
+fn p6_a_short_overlap_behind_a_border_is_not_believed_alone() {
+    let size = SegmentSize::new(1 << 20).unwrap();
+    let archive = Archive::new();
+    // Nobody else writes anything meanwhile.
+    let conf = "wal_keep_size = 1GB\nautovacuum = off\nbgwriter_delay = 10s\ncheckpoint_timeout = 1h\n";
+    let mut pg = TestPg::start_segmented(any_major(), 1, conf);
+    pg.sql("CREATE TABLE t (v text)");
+    let archiver = archive.start(&pg);
+    archiver.wait_durable(flushed(&pg));
+    archiver.stop(&archive);
+    ok(pg.stop(StopMode::Fast));
+    let copy = copy_of(&pg, "copy");
+    let writes = |pg: &TestPg, row: &str| {
+        pg.sql("SELECT pg_switch_wal()");
+        pg.sql(&format!("INSERT INTO t VALUES ('{row}')"));
+        pg.sql("SELECT pg_switch_wal()");
+        // Tells no time, and is of no transaction.
+        let to = lsn(&pg.sql("SELECT pg_logical_emit_message(false, 'p', 'the same')"));
+        wait_until("it to be flushed", SOON, || flushed(pg) >= to);
+        to
+    };
+    let behind = |pg: &TestPg, to: Lsn| {
+        let name = to.segment(size).file_name(TimelineId::FIRST, size);
+        let file = std::fs::read(pg.data_dir().join("pg_wal").join(name)).unwrap();
+        file[..to.segment_offset(size) as usize].to_vec()
+    };
+    ok(pg.start());
+    let to = writes(&pg, "first");
+    let bytes = behind(&pg, to);
+    let archiver = archive.start(&pg);
+    archiver.wait_durable(to);
+    archiver.stop(&archive);
+    ok(pg.stop(StopMode::Immediate));
+
+    let mut rolled_back = TestPg::attach(any_major(), &copy);
+    ok(rolled_back.start());
+    assert_eq!(writes(&rolled_back, "other"), to, "the scene is not what it should be");
+    assert!(bytes.len() < 8192, "the scene is not what it should be");
+    // Servers leave a few bytes of such a record to chance: here it is the very same.
+    ok(rolled_back.stop(StopMode::Fast));
+    let name = to.segment(size).file_name(TimelineId::FIRST, size);
+    let file = std::fs::OpenOptions::new().write(true).open(rolled_back.data_dir().join("pg_wal").join(name)).unwrap();
+    file.write_all_at(&bytes, 0).unwrap();
+    ok(rolled_back.start());
+    let archiver = archive.start(&rolled_back);
+    rolled_back.sql("INSERT INTO t VALUES ('more')");
+    archiver.wait_durable(flushed(&rolled_back));
+    archiver.stop(&archive);
+    let branches = ok(archive.runtime.block_on(archive.reopened().branches(&archive.id())));
+    let branches: Vec<String> = branches.iter().map(ToString::to_string).collect();
+    assert_eq!(branches, ["00000001", "00000001.1"]);
+    assert_eq!(archive.frontier(1), Some(to), "what is archived stays as it is");
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! WAL that came damaged: an alarm, and a note in every repository, so that no plan leads across it.
 //!
-//! What always holds: the bytes are archived as they came, and what follows them too; a note holds up neither what is received
-//! nor what is acknowledged. A repository gets a note only when it has compared equal.
-//! Crash: a note that was not put yet is found again where the damage lies in the segment with which the next stream
-//! begins. Cancellation: a note is there whole or not at all.
+//! What always holds: the bytes are archived as they came, and what follows them too; but in each repository the note first:
+//! while one is put, nothing new is put there, and so nothing is acknowledged that came after the damage was noticed. Nor is
+//! it copied anywhere before its note is. A repository gets a note only when it has compared equal.
+//! Crash: a repository that did not get the note ends before the place where the damage was noticed. The next stream
+//! begins with that segment and finds it again, where the damaged record began in it. (Of one that began in an earlier
+//! segment it sees the pages alone.) Cancellation: a note is there whole or not at all.
 
 use std::sync::Arc;
 
@@ -46,10 +48,10 @@ impl Alarms {
             tracing::error!(
                 cluster = %id, %branch, damaged_from = %from,
                 "DAMAGED WAL came from the server: {damage}. It is archived as it came, and archiving goes on; nothing can be \
-                 restored across it from a base backup before it. Take a base backup now, and look after the server's disk \
-                 and memory"
+                 restored across it from a base backup before it. `pgkeep run` takes one behind it by itself, unless there is none at all; \
+                 look after the server's disk and memory"
             );
-            let count = self.seen.as_ref().map_or(0, |seen| seen.count) + 1;
+            let count = self.count() + 1;
             self.seen = Some(Arc::new(DamageSeen { branch, at: from, what: damage.to_string(), count }));
         }
         let note = Note { branch, from, to };
@@ -58,6 +60,11 @@ impl Alarms {
         }
         self.notes.push(note);
         Some(note)
+    }
+
+    /// How many stretches were found.
+    pub fn count(&self) -> u64 {
+        self.seen.as_ref().map_or(0, |seen| seen.count)
     }
 
     /// For the status.
@@ -86,24 +93,25 @@ pub(crate) async fn put_note(
     }
 }
 
-/// Puts these notes, and those that `sources` have of these branches.
-pub(super) async fn put_notes(
-    repository: Repository,
-    id: ClusterId,
-    mut notes: Vec<Note>,
-    sources: Vec<Repository>,
-    branches: Vec<Branch>,
-) -> Result<(), ArchiveError> {
-    for source in &sources {
-        for branch in &branches {
-            let found = source.damage_of(&id, *branch).await;
-            // What another repository does not tell now, it tells the next time this one comes back.
-            let Ok(found) = found else { continue };
-            notes.extend(found.into_iter().map(|gap| Note { branch: gap.branch, from: gap.from, to: gap.to }));
-        }
-    }
+/// Puts these notes.
+pub(super) async fn put_notes(repository: Repository, id: ClusterId, notes: Vec<Note>) -> Result<(), ArchiveError> {
     for note in notes {
         put_note(&repository, &id, note.branch, (note.from, note.to)).await?;
+    }
+    Ok(())
+}
+
+/// Puts the notes that `source` has of these branches.
+pub(super) async fn copy_notes(
+    repository: &Repository,
+    id: &ClusterId,
+    source: &Repository,
+    branches: &[Branch],
+) -> Result<(), ArchiveError> {
+    for branch in branches {
+        for gap in source.damage_of(id, *branch).await? {
+            put_note(repository, id, gap.branch, (gap.from, gap.to)).await?;
+        }
     }
     Ok(())
 }

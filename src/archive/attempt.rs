@@ -99,7 +99,7 @@ pub(super) async fn attempt(
     let slot_was = connected.slot;
     let (flushed, decided) = decide(source, &mut connected, &served, loaded, compare_all).await?;
     served.state.flushed = flushed;
-    let decided = some_usable(receivers, decided)?;
+    let decided = some_usable(receivers, decided, compare_all)?;
     if !matches!(connected.slot, SlotState::BeginsAt(_)) {
         source.make_slot(&mut connected).await?;
         served.state.slot_begins_at = connected.state().slot_begins_at;
@@ -122,7 +122,7 @@ pub(super) async fn attempt(
         });
         archived.push(kept);
     }
-    let prepared = some_usable(receivers, gather(receivers, patience, prepares).await)?;
+    let prepared = some_usable(receivers, gather(receivers, patience, prepares).await, compare_all)?;
 
     let away = away.join(", ");
     let served = Arc::new(served);
@@ -228,13 +228,22 @@ async fn decide(
 }
 
 /// Where none can be used there is no stream: the only repository's reason, a refusal that holds for all, or all reasons.
-fn some_usable<T>(receivers: &Receivers, answers: Vec<Answer<T>>) -> Result<Vec<Answer<T>>, ArchiveError> {
+/// Who is not the server's while others are away is compared first (`compared`: it was): whether this is a history that
+/// begins is to be known, and said, before they come back.
+fn some_usable<T>(
+    receivers: &Receivers,
+    answers: Vec<Answer<T>>,
+    compared: bool,
+) -> Result<Vec<Answer<T>>, ArchiveError> {
     if answers.iter().any(Result::is_ok) {
         return Ok(answers);
     }
     let mut errors: Vec<ArchiveError> = answers.into_iter().filter_map(Result::err).collect();
     if errors.len() == 1 || errors.iter().all(ArchiveError::refuses_repository) {
         return Err(errors.swap_remove(0)); // invariant: there is at least one repository
+    }
+    if let Some(other) = errors.iter().position(ArchiveError::asks_who_it_is).filter(|_| !compared) {
+        return Err(errors.swap_remove(other)); // invariant: found there
     }
     let names = receivers.each().iter().map(|member| member.name());
     let reasons: Vec<String> = names.zip(&errors).map(|(name, error)| format!("{name}: {error}")).collect();

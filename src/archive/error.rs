@@ -76,6 +76,16 @@ pub enum ArchiveError {
         /// The first byte that it lacks.
         from: Lsn,
     },
+    /// A repository that would be filled, and the one that holds what it lacks is at odds with itself.
+    #[error("repository {repository} is not filled up from {other}, as that is at odds with itself: {source}")]
+    CannotGive {
+        /// The repository that is to be filled.
+        repository: String,
+        /// The one that holds the WAL.
+        other: String,
+        /// What is wrong there.
+        source: Box<CatalogError>,
+    },
     /// What the repositories that answer need is gone from the server, and one that is away may have it.
     #[error(
         "{cluster}: the server has removed WAL from {from} on that no repository that answers holds, and {away} may hold: \
@@ -281,6 +291,7 @@ impl ArchiveError {
             | Self::NoRepository { .. }
             | Self::FellBehind { .. }
             | Self::NowhereHeld { .. }
+            | Self::CannotGive { .. }
             | Self::HeldElsewhere { .. }
             | Self::ServerBehind { .. }
             | Self::NewWhileAway { .. }

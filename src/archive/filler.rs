@@ -5,8 +5,10 @@
 //! leave behind what counts (P1). What it decides by is [`super::fill`]'s.
 //! Memory: [`at_once`] segments, each as `Repository::copy_segment` needs it. Speed: no more than [`Pace`] allows, so that
 //! the stores and the network are left to the stream.
+//! Indexes of what was copied come after it, as far as a source has them; what is left out costs `pgkeep log` time, and no more.
 //! Crash and cancellation: objects are there whole or not at all; the next one goes on where the repository ends.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,6 +18,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::ArchiveError;
+use super::alarm::copy_notes;
 use super::fill::{Path, Position, Step};
 use super::load::{Prepared, Served, load};
 use super::receivers::Member;
@@ -37,6 +40,8 @@ const ROUND: usize = 32;
 const LOAD_DEADLINE: Duration = Duration::from_secs(300);
 /// A segment takes no longer.
 const COPY_DEADLINE: Duration = Duration::from_secs(900);
+/// The indexes of a round take no longer: the repository is waited for.
+const INDEX_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What the stream has, as the fillers see it.
 #[derive(Debug, Clone)]
@@ -177,12 +182,16 @@ impl Filler {
         let path = Path::of(&self.served.state, self.served.size);
         filled.begin_no_later(&path, self.horizon.borrow().begins);
         self.tell(News::Holds(filled.position.to)).await;
+        let (begun, mut indexed) = (filled.position, BTreeMap::new());
         loop {
             let horizon = self.horizon.borrow_and_update().clone();
             let step = path.next(filled.position, horizon.streamed, horizon.kept_from);
             if step == Step::Join {
                 if !filled.is_compared_from(horizon.kept_from) {
                     self.compare(&mut filled, &horizon).await?;
+                }
+                if filled.position != begun {
+                    self.copy_indexes(&filled, &horizon, begun, &mut indexed).await;
                 }
                 return Ok(filled);
             }
@@ -202,6 +211,7 @@ impl Filler {
                 filled.has_histories = true;
             }
             self.copy(&path, &mut filled, step, &horizon).await?;
+            self.copy_indexes(&filled, &horizon, begun, &mut indexed).await;
         }
     }
 
@@ -308,6 +318,18 @@ impl Filler {
         Ok(None)
     }
 
+    /// The sources whose notes of damage the target has: what a note is of is not copied before it.
+    async fn with_notes(&self, target: &Repository, sources: &[Repository]) -> Result<Vec<Repository>, ArchiveError> {
+        let (branches, mut told, mut failed) = (self.served.branches(), Vec::new(), None);
+        for source in sources {
+            match copy_notes(target, &self.served.id, source, &branches).await {
+                Ok(()) => told.push(source.clone()),
+                Err(error) => failed = failed.or(Some(error)),
+            }
+        }
+        failed.filter(|_| told.is_empty()).map_or(Ok(told), Err)
+    }
+
     /// Copies what `step` says, and the segments after it, some beside each other; what is done counts in order.
     async fn copy(&self, path: &Path, filled: &mut Filled, step: Step, horizon: &Horizon) -> Result<(), ArchiveError> {
         let mut steps = vec![step];
@@ -321,10 +343,12 @@ impl Filler {
         let target = filled.prepared.repository.clone();
         let target = &target;
         let size = self.served.size;
+        let late = |_| ArchiveError::NoAnswer { repository: self.name(), after: COPY_DEADLINE };
+        let sources = &timeout(COPY_DEADLINE, self.with_notes(target, &horizon.sources)).await.map_err(late)??;
         let copies = stream::iter(steps).map(|step: Step| async move {
             self.pace.wait(size.bytes()).await;
             let late = |_| ArchiveError::NoAnswer { repository: self.name(), after: COPY_DEADLINE };
-            let copied = timeout(COPY_DEADLINE, self.copy_step(target, step, &horizon.sources)).await.map_err(late)?;
+            let copied = timeout(COPY_DEADLINE, self.copy_step(target, step, sources)).await.map_err(late)?;
             copied.map(|copied| (step, copied))
         });
         let mut copies = std::pin::pin!(copies.buffered(at_once(size)));
@@ -352,6 +376,58 @@ impl Filler {
         Ok(())
     }
 
+    /// The indexes of what was copied since `begun`, from the first source that has any; `indexed`: how far it is, by branch.
+    /// What fails is left out.
+    async fn copy_indexes(
+        &self,
+        filled: &Filled,
+        horizon: &Horizon,
+        begun: Position,
+        indexed: &mut BTreeMap<Branch, Lsn>,
+    ) {
+        let copied = timeout(INDEX_DEADLINE, self.try_copy_indexes(filled, horizon, begun, indexed)).await;
+        if let Ok(Err(error)) = &copied {
+            tracing::debug!(repository = %self.name(), %error, "an index is not copied");
+        }
+        if copied.is_err() {
+            tracing::debug!(repository = %self.name(), "indexes were not copied in time");
+        }
+    }
+
+    async fn try_copy_indexes(
+        &self,
+        filled: &Filled,
+        horizon: &Horizon,
+        begun: Position,
+        indexed: &mut BTreeMap<Branch, Lsn>,
+    ) -> Result<(), CatalogError> {
+        let (id, target, position) = (&self.served.id, &filled.prepared.repository, filled.position);
+        for (timeline, begins_at, _) in self.served.state.history.path() {
+            if timeline < begun.on || timeline > position.on {
+                continue;
+            }
+            let branch = self.served.branch(timeline);
+            let from = if timeline == begun.on { begun.to } else { begins_at };
+            let from = indexed.get(&branch).copied().unwrap_or(from);
+            // A parent that was left is there as far as it is needed.
+            let to = if timeline == position.on { position.to } else { Lsn::new(u64::MAX) };
+            for source in &horizon.sources {
+                let ranges = source.list_indexes(id, branch).await?;
+                let copied = ranges.iter().filter(|range| range.to > from && range.to <= to);
+                let mut any = false;
+                for range in copied {
+                    target.copy_index(source, id, range).await?;
+                    indexed.insert(branch, range.to);
+                    any = true;
+                }
+                if any {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// From the first source that has it; `false` where none has.
     async fn copy_step(&self, target: &Repository, step: Step, sources: &[Repository]) -> Result<bool, ArchiveError> {
         let mut failed = None;
@@ -363,10 +439,10 @@ impl Filler {
                 Err(CatalogError::Store { repository, source }) if repository == self.member.name() => {
                     return Err(CatalogError::Store { repository, source }.into());
                 }
-                Err(error) => failed = failed.or(Some(error)),
+                Err(error) => failed = failed.or(Some(whose(error, self.member.name(), source.name()))),
             }
         }
-        failed.map_or(Ok(false), |error| Err(error.into()))
+        failed.map_or(Ok(false), Err)
     }
 
     async fn copy_from(&self, target: &Repository, step: Step, source: &Repository) -> Result<Put, CatalogError> {
@@ -457,6 +533,19 @@ impl Filler {
     }
 }
 
+/// What keeps a segment from being copied. A source that is at odds with itself says nothing against the target.
+fn whose(error: CatalogError, target: &str, from: &str) -> ArchiveError {
+    match &error {
+        CatalogError::Disagreement { repository, .. } | CatalogError::TwoContents { repository, .. }
+            if repository == from && repository != target =>
+        {
+            let (repository, other) = (target.to_owned(), from.to_owned());
+            ArchiveError::CannotGive { repository, other, source: Box::new(error) }
+        }
+        _ => error.into(),
+    }
+}
+
 /// Offset of `at` in `segment`, whose end it may be.
 fn offset(at: Lsn, segment: SegmentNumber, size: SegmentSize) -> u32 {
     // invariant: a segment is at most 1 GiB
@@ -520,6 +609,25 @@ mod tests {
         assert_eq!(begin.elapsed().as_secs(), 9);
         for (size, segments) in [(1, 8), (16, 4), (64, 2), (1024, 2)] {
             assert_eq!(at_once(SegmentSize::new(size * MIB).unwrap()), segments);
+        }
+    }
+
+    /// What lies in the source says nothing against the target: it stays away, and is not refused.
+    #[test]
+    fn p6_a_source_at_odds_with_itself_is_not_the_targets_fault() {
+        let odds = |repository: &str| {
+            let (repository, name, other) = (repository.to_owned(), "a".to_owned(), "b".to_owned());
+            [
+                CatalogError::Disagreement { repository: repository.clone(), name: name.clone(), other: other.clone() },
+                CatalogError::TwoContents { repository, name, other },
+            ]
+        };
+        for error in odds("source").map(|error| whose(error, "target", "source")) {
+            assert!(error.is_retryable() && !error.refuses_repository() && !error.protects_data(), "{error}");
+            assert!(error.to_string().contains("source") && error.to_string().contains("target"), "{error}");
+        }
+        for error in odds("target").map(|error| whose(error, "target", "source")) {
+            assert!(error.refuses_repository(), "{error}");
         }
     }
 

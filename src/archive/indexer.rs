@@ -53,9 +53,16 @@ pub struct Indexer(Arc<Inner>);
 struct Inner {
     parts: OnceLock<mpsc::Sender<Streamed>>,
     source: OnceLock<Source>,
+    /// Nothing is indexed.
+    is_off: bool,
 }
 
 impl Indexer {
+    /// One that indexes nothing.
+    pub(super) fn off() -> Indexer {
+        Indexer(Arc::new(Inner { is_off: true, ..Inner::default() }))
+    }
+
     /// Which server to ask for names when the WAL shows that definitions changed.
     pub(super) fn asks(&self, source: &Source) {
         self.0.source.get_or_init(|| source.clone());
@@ -63,6 +70,9 @@ impl Indexer {
 
     /// The next part. Never waits.
     pub(super) fn push(&self, part: Streamed) {
+        if self.0.is_off {
+            return;
+        }
         let parts = self.0.parts.get_or_init(|| {
             let (sender, receiver) = mpsc::channel(WAITING);
             let worker = Worker {
@@ -227,6 +237,29 @@ async fn put(cluster: &ClusterId, branch: Branch, repositories: &[Repository], (
             ),
             Ok(Err(error)) => tracing::debug!(repository = repository.name(), %branch, %error, "no index was put"),
             Err(_) => tracing::debug!(repository = repository.name(), %branch, "no index was put in time"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{ClusterId, SystemId, TimelineId};
+
+    #[tokio::test]
+    async fn one_that_is_off_takes_nothing() {
+        let part = || Streamed {
+            cluster: ClusterId { name: "main".parse().unwrap(), system: SystemId::new(7) },
+            branch: Branch::first(TimelineId::FIRST),
+            size: SegmentSize::DEFAULT,
+            from: Lsn::ZERO,
+            to: Lsn::ZERO,
+            pieces: Vec::new(),
+            repositories: Vec::new(),
+        };
+        for (indexer, works) in [(Indexer::off(), false), (Indexer::default(), true)] {
+            indexer.push(part());
+            assert_eq!(indexer.0.parts.get().is_some(), works);
         }
     }
 }

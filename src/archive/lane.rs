@@ -45,7 +45,7 @@ pub(super) struct Side {
     /// Why it takes no part, and when it is tried again; `None` while somebody fills it.
     pub reason: Option<Arc<str>>,
     pub retry_at: Option<Instant>,
-    /// Tasks that put notes of damage.
+    /// Tasks that put notes of damage: until they have, nothing else is put.
     pub notes_under_way: usize,
     pause: Duration,
     live_since: Option<Instant>,
@@ -60,6 +60,8 @@ pub(super) enum Done {
     Open(Result<(Option<Box<OpenTail>>, Lsn, Lsn), ArchiveError>),
     /// Notes of damage were put.
     Noted(Result<(), ArchiveError>),
+    /// Another repository's notes were copied, or could not be.
+    Copied,
     /// The repository has been filled, or cannot be.
     Filled(Result<Box<Filled>, ArchiveError>),
 }
@@ -85,6 +87,12 @@ impl Side {
     pub fn join(&mut self, live: Live, now: Instant) {
         (self.live, self.live_since) = (Some(live), Some(now));
         (self.reason, self.retry_at, self.notes_under_way) = (None, None, 0);
+    }
+
+    /// No note of damage is on its way to it, or waits for it to have compared equal. One that takes no part gets them with
+    /// what it missed.
+    pub fn has_notes(&self) -> bool {
+        self.live.as_ref().is_none_or(|live| live.is_compared() && self.notes_under_way == 0)
     }
 
     /// It takes part no more: what it had under way is dropped, and it is opened anew after a pause.

@@ -46,6 +46,11 @@ impl Served {
         self.state.lineage.branch(timeline)
     }
 
+    /// The branches of the server's history, oldest first.
+    pub fn branches(&self) -> Vec<Branch> {
+        self.state.history.path().into_iter().map(|(timeline, ..)| self.branch(timeline)).collect()
+    }
+
     /// The newest branch of the server's history, by this lineage.
     pub fn branch_of(&self, lineage: &Lineage) -> Branch {
         lineage.branch(self.state.history.timeline())
@@ -249,8 +254,7 @@ impl Archived {
             None => Vec::new(),
         };
         let open_segments = self.repository.open_segments(&served.id, branch, served.size).await?;
-        let on_path = served.state.history.path().into_iter().map(|stretch| served.branch(stretch.0));
-        let is_empty = on_path.into_iter().all(|branch| self.find(branch).is_none());
+        let is_empty = served.branches().into_iter().all(|branch| self.find(branch).is_none());
         let repository = self.repository.clone();
         Ok(Prepared { repository, is_empty, place, compares, expected, follows, durable_to, open_segments })
     }

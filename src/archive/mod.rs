@@ -2,7 +2,8 @@
 //!
 //! [`branching`], [`cutter`], [`frontier`], [`lanes`], [`fill`] and [`resume`] decide; [`stream`], `lane`, `filler` and `uploader` act;
 //! [`cluster`] keeps at it.
-//! [`push`] is the other way in: one file at a time, as `archive_command` offers it.
+//! [`push`] is the other way in: one file at a time, as `archive_command` offers it; [`push_plan`] decides what is put ahead of
+//! being asked for, [`push_ahead`] does it.
 
 mod alarm;
 mod attempt;
@@ -22,8 +23,10 @@ mod load;
 pub mod names;
 mod part;
 pub mod push;
+pub mod push_ahead;
 pub mod push_all;
 mod push_index;
+pub mod push_plan;
 mod receivers;
 pub mod resume;
 mod source;
@@ -35,6 +38,7 @@ mod uploader;
 pub use attempt::ArchiveOptions;
 pub use cluster::archive;
 pub use error::ArchiveError;
+pub use identify::{ServedPath, served_path};
 pub use receivers::{Member, OpenError, Opener, Receivers};
 pub use source::{Connected, SlotRow, Source};
 pub use status::{ClusterStatus, DamageSeen, Doing, Progress, RepositoryProgress};

@@ -251,8 +251,13 @@ pub fn deadline(path: &Path) -> Duration {
     Duration::from_secs(LEAST + len / BYTES_PER_SECOND)
 }
 
-/// Archives the file at `path`. Returns only when it is durable.
-pub async fn push(repository: &Repository, cluster: &ClusterName, path: &Path) -> Result<Pushed, PushError> {
+/// Archives the file at `path`. Returns only when it is durable. `index`: what is new is indexed, too.
+pub async fn push(
+    repository: &Repository,
+    cluster: &ClusterName,
+    path: &Path,
+    index: bool,
+) -> Result<Pushed, PushError> {
     let text = path.file_name().unwrap_or_default().to_string_lossy();
     let name = text.parse::<WalFileName>().map_err(|source| PushError::Name { path: path.to_owned(), source })?;
     let control = blocking({
@@ -260,7 +265,7 @@ pub async fn push(repository: &Repository, cluster: &ClusterName, path: &Path) -
         move || control_file(&path)
     })
     .await?;
-    let push = Push { repository, name: cluster, path, control };
+    let push = Push { repository, name: cluster, path, control, index };
     match &name {
         WalFileName::Segment(segment) => push.segment(segment).await,
         WalFileName::History(timeline) => push.history(*timeline).await,
@@ -273,6 +278,7 @@ struct Push<'a> {
     name: &'a ClusterName,
     path: &'a Path,
     control: Option<ControlFile>,
+    index: bool,
 }
 
 impl Push<'_> {
@@ -302,22 +308,24 @@ impl Push<'_> {
         for (index, known) in seen.digests.iter().enumerate() {
             let from = index as u64 * MAX_PART;
             let to = (from + MAX_PART).min(seen.size.bytes());
+            let digest_from = hasher.digest();
             let pieces = match (&seen.pieces, seen.digests.len()) {
+                // The very bytes that were looked at.
                 (pieces, 1) => pieces.clone(),
                 _ => {
                     let path = self.path.to_owned();
-                    blocking(move || read_range(&path, from, to)).await?
+                    let pieces = blocking(move || read_range(&path, from, to)).await?;
+                    pieces.iter().for_each(|piece| hasher.update(piece));
+                    if hasher.digest() != *known {
+                        return Err(PushError::Changed { path: self.path.to_owned() });
+                    }
+                    pieces
                 }
             };
-            let digest_from = hasher.digest();
-            pieces.iter().for_each(|piece| hasher.update(piece));
-            if hasher.digest() != *known {
-                return Err(PushError::Changed { path: self.path.to_owned() });
-            }
             new |= self.put_part(&cluster, branch, &seen, (from, to), (digest_from, *known), pieces).await?;
         }
         // What was there already was streamed, and indexed by who streamed it.
-        if new && seen.unsound.is_empty() {
+        if new && self.index && seen.unsound.is_empty() {
             super::push_index::index_segment(self.repository, &cluster, branch, (seen.segment, seen.size), self.path)
                 .await;
         }

@@ -116,6 +116,12 @@ impl Receivers {
         Receivers { receivers, needed, indexer: Indexer::default() }
     }
 
+    /// WAL that goes there is not indexed while it streams by.
+    #[must_use]
+    pub fn without_index(self) -> Receivers {
+        Receivers { indexer: Indexer::off(), ..self }
+    }
+
     /// How many must hold WAL before it is acknowledged.
     pub fn needed(&self) -> usize {
         self.needed

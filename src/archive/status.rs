@@ -23,6 +23,9 @@ pub struct Progress {
     pub server_time: PgTimestamp,
     /// The newest damage among what has come in on this connection.
     pub damage: Option<Arc<DamageSeen>>,
+    /// How many damaged stretches have come in on this connection, once every repository that takes part has a note of
+    /// each (or they are too many to be noted); 0 before.
+    pub noted: u64,
     /// Each repository, in the configuration's order.
     pub repositories: Vec<RepositoryProgress>,
 }

@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::ArchiveError;
-use super::alarm::{Alarms, Note, put_notes};
+use super::alarm::{Alarms, Note, copy_notes, put_notes};
 use super::begin::{Begin, StreamOptions};
 use super::fill::{Path, Position, Step};
 use super::filler::{Filled, Filler, Horizon, Letter, News, Pace};
@@ -343,11 +343,11 @@ impl Stream {
         self.lanes.compared(lane);
         self.sides.iter().skip(lane).take(1).for_each(|side| side.member.refuse(None));
         self.look_ahead();
-        let filled = self.sides.get(lane).is_some_and(|side| side.run > 0);
-        let (sources, notes) = (if filled { self.sources() } else { Vec::new() }, self.alarms.notes());
-        if filled || !notes.is_empty() {
-            self.put_notes(lane, notes, sources);
+        let notes = self.alarms.notes();
+        if !notes.is_empty() {
+            self.put_notes(lane, notes);
         }
+        self.copy_notes(lane);
     }
 
     /// What came damaged is told, and noted in the repositories.
@@ -358,20 +358,35 @@ impl Stream {
             for lane in 0..self.sides.len() {
                 let live = self.sides.get(lane).and_then(|side| side.live.as_ref());
                 if live.is_some_and(Live::is_compared) {
-                    self.put_notes(lane, vec![note], Vec::new());
+                    self.put_notes(lane, vec![note]);
                 }
             }
         }
     }
 
-    fn put_notes(&mut self, lane: usize, notes: Vec<Note>, sources: Vec<Repository>) {
+    /// Nothing else is put there until they are.
+    fn put_notes(&mut self, lane: usize, notes: Vec<Note>) {
         let id = self.served.id.clone();
-        let path = self.served.state.history.path().into_iter();
-        let branches = path.map(|(timeline, ..)| self.served.branch(timeline)).collect();
         let Some(side) = self.sides.get_mut(lane) else { return };
         let Some(repository) = side.live.as_ref().map(|live| live.repository().clone()) else { return };
         side.notes_under_way += 1;
-        side.tasks.spawn(async move { Done::Noted(put_notes(repository, id, notes, sources, branches).await) });
+        side.tasks.spawn(async move { Done::Noted(put_notes(repository, id, notes).await) });
+    }
+
+    /// One that was away may have missed a note of what it holds. Nothing waits for that: the others have it.
+    fn copy_notes(&mut self, lane: usize) {
+        let (id, sources, branches) = (self.served.id.clone(), self.sources(), self.served.branches());
+        let Some(side) = self.sides.get_mut(lane).filter(|side| side.run > 0) else { return };
+        let Some(repository) = side.live.as_ref().map(|live| live.repository().clone()) else { return };
+        side.tasks.spawn(async move {
+            for source in sources.iter().filter(|source| source.name() != repository.name()) {
+                // What it does not tell now, it tells the next time this one comes back.
+                if let Err(error) = copy_notes(&repository, &id, source, &branches).await {
+                    tracing::debug!(repository = source.name(), %error, "its notes of damage are not copied");
+                }
+            }
+            Done::Copied
+        });
     }
 
     /// The repositories that hold everything before what is in memory.
@@ -445,7 +460,7 @@ impl Stream {
         let (part, receiver) = (&self.part, &self.receiver);
         let newest = Newest { part, receiver, server_time: self.server_time, server_end: self.server_end };
         for side in &mut self.sides {
-            if let Some(live) = &mut side.live {
+            if let Some(live) = side.live.as_mut().filter(|_| side.notes_under_way == 0) {
                 live.start_due(&mut side.tasks, newest, now);
             }
         }
@@ -510,7 +525,7 @@ impl Stream {
                 _,
             ) => self.lose(lane, error, now)?,
             // Nobody fills what takes part, and nothing is put into what does not.
-            (Done::Part(Ok(_)) | Done::Open(Ok(_)), None) | (Done::Filled(Ok(_)), Some(_)) => {}
+            (Done::Part(Ok(_)) | Done::Open(Ok(_)), None) | (Done::Filled(Ok(_)), Some(_)) | (Done::Copied, _) => {}
         }
         self.publish(now);
         Ok(())
@@ -698,7 +713,7 @@ impl Stream {
                 wake = side.retry_at.filter(|_| ending.is_none()).map_or(wake, |at| wake.min(at));
                 continue;
             };
-            let due = live.cut_due(now).into_iter();
+            let due = live.cut_due(now).filter(|_| side.notes_under_way == 0).into_iter();
             wake = if ending.is_none() {
                 due.chain(live.sweep(now)).fold(wake, Instant::min)
             } else {
@@ -748,6 +763,7 @@ impl Stream {
             server_end: self.server_end.max(received),
             server_time: self.server_time,
             damage: self.alarms.seen(),
+            noted: if self.sides.iter().all(Side::has_notes) { self.alarms.count() } else { 0 },
             repositories: repositories.collect(),
         };
         self.status.send_if_modified(|status| {

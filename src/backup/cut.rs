@@ -3,6 +3,9 @@
 //! What always holds: a file's extents, in order of offset, do not overlap, do not cross a pack, and hold every byte of it
 //! that is not zero; blocks of zeros are in none; neighbours that follow each other in file and pack are one extent. A
 //! pack holds at most what [`Cutter::new`] was told, and is never empty.
+//!
+//! A block whose tag is the one that the parent has for the same block of the same file is not laid into a pack: its
+//! extent names the pack in which the parent has it. Everything else is stored, also whatever of the parent is not known.
 
 use std::collections::VecDeque;
 
@@ -37,6 +40,69 @@ pub struct CutFile {
     pub crc32c: u32,
     /// Where they are.
     pub extents: Vec<Extent>,
+    /// What became of its bytes.
+    pub counts: Counts,
+    /// Every block has the tag that the parent has for it: if the parent's file is as long, it is this file.
+    pub same: bool,
+}
+
+/// What became of bytes that are not zeros.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// The parent does not have them: stored.
+    pub new: u64,
+    /// The parent has them, in packs that are to become empty: stored.
+    pub again: u64,
+    /// The parent has them: not stored.
+    pub referenced: u64,
+}
+
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, other: Counts) {
+        self.new += other.new;
+        self.again += other.again;
+        self.referenced += other.referenced;
+    }
+}
+
+/// Bytes of a file that the parent has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KnownExtent {
+    /// Where.
+    pub extent: Extent,
+    /// They are stored again all the same.
+    pub again: bool,
+}
+
+/// What the parent has of the file that arrives.
+#[derive(Debug)]
+struct Known {
+    /// By offset.
+    extents: Vec<KnownExtent>,
+    /// Those before it lie behind us.
+    at: usize,
+    /// Tags of the blocks that come next: number of the first, and 16 bytes each.
+    tags: VecDeque<(u64, Vec<u8>)>,
+}
+
+impl Known {
+    fn tag(&self, block: u64) -> Option<[u8; 16]> {
+        self.tags.iter().find_map(|(first, tags)| {
+            let index = usize::try_from(block.checked_sub(*first)?).ok()?;
+            tags.as_chunks::<16>().0.get(index).copied()
+        })
+    }
+
+    /// Where the bytes lie; those asked for come in order.
+    fn place(&mut self, offset: u64, len: u64) -> Option<KnownExtent> {
+        while self.extents.get(self.at).is_some_and(|known| known.extent.offset + known.extent.len <= offset) {
+            self.at += 1;
+        }
+        let KnownExtent { extent, again } = *self.extents.get(self.at)?;
+        let skip = offset.checked_sub(extent.offset)?;
+        let holds = skip + len <= extent.len;
+        holds.then_some(KnownExtent { extent: Extent { offset, len, pack: extent.pack, at: extent.at + skip }, again })
+    }
 }
 
 /// Cuts files into blocks and lays those that are not zeros one after the other into packs.
@@ -67,6 +133,13 @@ struct File {
     tags: Vec<u8>,
     /// Whole blocks whose tags are zeros as yet: where the tag goes in `tags`, and where the block begins in the chunk.
     untagged: Vec<(usize, usize)>,
+    known: Option<Known>,
+    /// With a parent: whole blocks that wait to be compared, and of each where its tag goes in `tags`, and its offset.
+    waiting: Vec<u8>,
+    waits: Vec<(usize, u64)>,
+    counts: Counts,
+    /// A block was not as the parent has it, or it is not known.
+    differs: bool,
 }
 
 impl Cutter {
@@ -85,6 +158,27 @@ impl Cutter {
             spare: Vec::new(),
             file: File::default(),
         }
+    }
+
+    /// A file begins of which the parent has these bytes, by offset. Bring its tags before the blocks that they are of.
+    /// A file that begins without this is stored whole.
+    pub fn known(&mut self, extents: Vec<KnownExtent>) {
+        self.file.known = Some(Known { extents, at: 0, tags: VecDeque::new() });
+    }
+
+    /// The parent's tags of the file's blocks from `first` on, 16 bytes each.
+    pub fn known_tags(&mut self, first: u64, tags: Vec<u8>) {
+        let next = self.file.waits.first().map_or(self.file.offset, |(_, offset)| *offset) / BLOCK as u64;
+        if let Some(known) = &mut self.file.known {
+            known.tags.retain(|(first, tags)| first + (tags.len() / ZERO_TAG.len()) as u64 > next);
+            known.tags.push_back((first, tags));
+        }
+    }
+
+    /// From here on nothing is known of the parent.
+    pub fn forget(&mut self) {
+        self.compare_waiting();
+        (self.file.known, self.file.differs) = (None, true);
     }
 
     /// The next bytes of the file, however they are sliced. Take the chunks that are ready before pushing more.
@@ -116,6 +210,7 @@ impl Cutter {
     /// The tags of the file's blocks since the last call, 16 bytes each. After [`Cutter::end_file`] call it once more
     /// before the next file begins.
     pub fn take_tags(&mut self) -> Vec<u8> {
+        self.compare_waiting();
         self.tag_waiting();
         std::mem::take(&mut self.file.tags)
     }
@@ -133,8 +228,12 @@ impl Cutter {
             block.clear();
             self.file.partial = block;
         }
+        self.compare_waiting();
         let file = &mut self.file;
-        let cut = CutFile { size: file.offset, crc32c: file.crc, extents: std::mem::take(&mut file.extents) };
+        let (known, differs) = (file.known.take(), std::mem::take(&mut file.differs));
+        let same = known.is_some() && !differs;
+        let (extents, counts) = (std::mem::take(&mut file.extents), std::mem::take(&mut file.counts));
+        let cut = CutFile { size: file.offset, crc32c: file.crc, extents, counts, same };
         (file.offset, file.crc) = (0, 0);
         cut
     }
@@ -158,20 +257,83 @@ impl Cutter {
     }
 
     fn block(&mut self, block: &[u8]) {
-        let slot = self.file.tags.len();
+        let (slot, offset) = (self.file.tags.len(), self.file.offset);
         self.file.tags.extend_from_slice(&ZERO_TAG);
-        if !is_zero(block) {
-            self.store(block);
-            // A block at the chunk's end waits there for others: tagging many at once is faster.
-            match self.chunk.len().checked_sub(block.len()) {
-                Some(at) if block.len() == BLOCK => self.file.untagged.push((slot, at)),
-                _ => set_tag(&mut self.file.tags, slot, self.tagger.tag(block)),
+        self.file.offset += block.len() as u64;
+        match &self.file.known {
+            known if is_zero(block) => {
+                let same = known.as_ref().is_some_and(|known| known.tag(offset / BLOCK as u64) == Some(ZERO_TAG));
+                self.file.differs |= !same;
             }
-            if self.file.untagged.len() >= TAGGED_AT_ONCE {
-                self.tag_waiting();
+            Some(_) if block.len() == BLOCK => {
+                self.file.waiting.extend_from_slice(block);
+                self.file.waits.push((slot, offset));
+                if self.file.waits.len() >= TAGGED_AT_ONCE {
+                    self.compare_waiting();
+                }
+            }
+            Some(_) => {
+                self.compare_waiting();
+                let tag = self.tagger.tag(block);
+                set_tag(&mut self.file.tags, slot, tag);
+                self.compared(offset, block, tag);
+            }
+            None => {
+                self.file.counts.new += block.len() as u64;
+                self.store(offset, block);
+                // A block at the chunk's end waits there for others: tagging many at once is faster.
+                match self.chunk.len().checked_sub(block.len()) {
+                    Some(at) if block.len() == BLOCK => self.file.untagged.push((slot, at)),
+                    _ => set_tag(&mut self.file.tags, slot, self.tagger.tag(block)),
+                }
+                if self.file.untagged.len() >= TAGGED_AT_ONCE {
+                    self.tag_waiting();
+                }
             }
         }
-        self.file.offset += block.len() as u64;
+    }
+
+    /// Tags the blocks that wait to be compared, and compares them.
+    fn compare_waiting(&mut self) {
+        if self.file.waits.is_empty() {
+            return;
+        }
+        let (mut waiting, mut waits) = (std::mem::take(&mut self.file.waiting), std::mem::take(&mut self.file.waits));
+        let blocks = waiting.as_chunks::<BLOCK>().0;
+        let mut tags = [ZERO_TAG; TAGGED_AT_ONCE];
+        match <&[[u8; BLOCK]; TAGGED_AT_ONCE]>::try_from(blocks) {
+            Ok(whole) => tags = self.tagger.tag_many(whole.each_ref()),
+            Err(_) => tags.iter_mut().zip(blocks).for_each(|(tag, block)| *tag = self.tagger.tag(block)),
+        }
+        for (((slot, offset), block), tag) in waits.iter().zip(blocks).zip(tags) {
+            set_tag(&mut self.file.tags, *slot, tag);
+            self.compared(*offset, block, tag);
+        }
+        waiting.clear();
+        waits.clear();
+        (self.file.waiting, self.file.waits) = (waiting, waits); // their room is used again
+    }
+
+    /// A block of this tag: referenced, if the parent has it, or stored.
+    fn compared(&mut self, offset: u64, block: &[u8], tag: [u8; 16]) {
+        let len = block.len() as u64;
+        let known = match &mut self.file.known {
+            Some(known) if known.tag(offset / BLOCK as u64) == Some(tag) => known.place(offset, len),
+            _ => {
+                self.file.differs = true;
+                None
+            }
+        };
+        match known {
+            Some(KnownExtent { extent, again: false }) => {
+                self.file.counts.referenced += len;
+                self.lies(extent);
+                return;
+            }
+            Some(_) => self.file.counts.again += len,
+            None => self.file.counts.new += len,
+        }
+        self.store(offset, block);
     }
 
     /// Tags the blocks that wait for it in the chunk.
@@ -188,23 +350,26 @@ impl Cutter {
         untagged.clear();
     }
 
-    fn store(&mut self, block: &[u8]) {
+    /// The next bytes of the file that are not zeros lie there.
+    fn lies(&mut self, next: Extent) {
+        let follows = |last: &&mut Extent| {
+            last.pack == next.pack && last.offset + last.len == next.offset && last.at + last.len == next.at
+        };
+        match self.file.extents.last_mut().filter(follows) {
+            Some(last) => last.len += next.len,
+            None => self.file.extents.push(next),
+        }
+    }
+
+    fn store(&mut self, offset: u64, block: &[u8]) {
         let len = block.len() as u64;
         if self.at + len > self.pack_bytes {
             self.give_out(true);
             self.pack += 1;
             self.at = 0;
         }
-        let follows = |last: &&mut Extent| {
-            last.pack.number == self.pack && last.offset + last.len == self.file.offset && last.at + last.len == self.at
-        };
-        match self.file.extents.last_mut().filter(follows) {
-            Some(last) => last.len += len,
-            None => {
-                let pack = PackName { label: self.label, number: self.pack };
-                self.file.extents.push(Extent { offset: self.file.offset, len, pack, at: self.at });
-            }
-        }
+        let pack = PackName { label: self.label, number: self.pack };
+        self.lies(Extent { offset, len, pack, at: self.at });
         self.at += len;
         let mut rest = block;
         while !rest.is_empty() {
@@ -331,6 +496,128 @@ mod tests {
                 files.iter().flat_map(|file| file.chunks(BLOCK)).filter(not_zero).map(<[u8]>::len).sum();
             prop_assert_eq!(stored, want as u64);
             prop_assert_eq!(packs.values().map(|pack| pack.len() as u64).sum::<u64>(), stored);
+        }
+    }
+
+    /// A parent, by the tags that it has and the extents in its packs.
+    struct Parent {
+        tags: Vec<u8>,
+        extents: Vec<Extent>,
+        packs: BTreeMap<u32, Vec<u8>>,
+    }
+
+    fn parent_of(file: &[u8], pack_bytes: u64, tagger: &BlockTagger) -> Parent {
+        let mut cutter = Cutter::new(label(), tagger.clone(), pack_bytes, BLOCK);
+        let (mut packs, mut ended) = (BTreeMap::new(), Vec::new());
+        cutter.push(file);
+        let extents = cutter.end_file().extents;
+        let tags = cutter.take_tags();
+        cutter.finish();
+        drain(&mut cutter, &mut packs, &mut ended);
+        Parent { tags, extents, packs }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+
+        /// Against any parent, known as far as it is: the file comes back from both, only blocks that are equal are
+        /// referenced, and only from packs that are to stay.
+        #[test]
+        fn what_the_parent_has_is_referenced(
+            before in a_file(),
+            changes in vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+            (grown, shrunk) in (0usize..3 * BLOCK, 0usize..3 * BLOCK),
+            (slice, at_a_time) in (1usize..40_000, 1usize..5),
+            (pack_blocks, again, gone) in (1u64..9, any::<u32>(), any::<u32>()),
+            forgets in prop::option::of(any::<prop::sample::Index>()),
+        ) {
+            let tagger = tagger();
+            let parent = parent_of(&before, pack_blocks * BLOCK as u64, &tagger);
+            let mut after = before.clone();
+            for (at, byte) in &changes {
+                if !after.is_empty() {
+                    let at = at.index(after.len());
+                    after[at] = *byte;
+                }
+            }
+            after.extend(std::iter::repeat_n(7, grown));
+            after.truncate(after.len().saturating_sub(shrunk));
+            let in_set = |set: u32, pack: u32| set >> (pack % 32) & 1 == 1;
+            let known = parent.extents.iter().filter(|extent| !in_set(gone, extent.pack.number));
+            let known = known.map(|extent| KnownExtent { extent: *extent, again: in_set(again, extent.pack.number) });
+
+            let own: BackupLabel = "20261121T031500Z".parse().unwrap();
+            let mut cutter = Cutter::new(own, tagger.clone(), 3 * BLOCK as u64, BLOCK);
+            let (mut packs, mut ended, mut tags) = (BTreeMap::new(), Vec::new(), Vec::new());
+            cutter.known(known.clone().collect());
+            let (mut brought, mut forgotten) = (0, false);
+            let forgets_at = forgets.map(|at| at.index(after.len() + 1)).unwrap_or(usize::MAX);
+            for piece in after.chunks(slice) {
+                let to = (cutter.file_len() as usize + piece.len()).div_ceil(BLOCK) * 16;
+                while !forgotten && brought < to.min(parent.tags.len()) {
+                    let end = parent.tags.len().min(brought + at_a_time * 16);
+                    cutter.known_tags(brought as u64 / 16, parent.tags[brought..end].to_vec());
+                    brought = end;
+                }
+                if !forgotten && cutter.file_len() as usize >= forgets_at {
+                    cutter.forget();
+                    forgotten = true;
+                }
+                cutter.push(piece);
+                if piece.len() % 3 == 0 {
+                    tags.extend(cutter.take_tags());
+                }
+                drain(&mut cutter, &mut packs, &mut ended);
+            }
+            let cut = cutter.end_file();
+            tags.extend(cutter.take_tags());
+            cutter.push(b"the next file knows nothing of it");
+            let next = cutter.end_file();
+            cutter.finish();
+            drain(&mut cutter, &mut packs, &mut ended);
+
+            let zero = |block: &[u8]| block.iter().all(|byte| *byte == 0);
+            let want: Vec<u8> =
+                after.chunks(BLOCK).flat_map(|block| if zero(block) { ZERO_TAG } else { tagger.tag(block) }).collect();
+            prop_assert_eq!(tags, want);
+            let mut back = vec![0; after.len()];
+            let (mut end, mut referenced) = (0, 0);
+            for extent in &cut.extents {
+                prop_assert!(extent.offset >= end);
+                end = extent.offset + extent.len;
+                let of_parent = extent.pack.label == label();
+                let pack = if of_parent { &parent.packs } else { &packs }[&extent.pack.number].as_slice();
+                let from = &pack[extent.at as usize..(extent.at + extent.len) as usize];
+                back[extent.offset as usize..end as usize].copy_from_slice(from);
+                if of_parent {
+                    referenced += extent.len;
+                    prop_assert!(!in_set(again, extent.pack.number) && !in_set(gone, extent.pack.number));
+                }
+            }
+            prop_assert_eq!(&back, &after);
+            // Counted from the plain bytes.
+            let mut counts = Counts::default();
+            for (number, block) in after.chunks(BLOCK).enumerate().filter(|(_, block)| !zero(block)) {
+                let at = (number * BLOCK) as u64;
+                let equal = before.chunks(BLOCK).nth(number) == Some(block);
+                let known = known.clone().find(|known| {
+                    known.extent.offset <= at && at < known.extent.offset + known.extent.len
+                });
+                match known.filter(|_| equal) {
+                    Some(KnownExtent { again: false, .. }) => counts.referenced += block.len() as u64,
+                    Some(_) => counts.again += block.len() as u64,
+                    None => counts.new += block.len() as u64,
+                }
+            }
+            let all = counts.new + counts.again + counts.referenced;
+            prop_assert_eq!(cut.counts.new + cut.counts.again + cut.counts.referenced, all);
+            prop_assert_eq!(cut.counts.referenced, referenced);
+            if !forgotten {
+                prop_assert_eq!(cut.counts, counts);
+                prop_assert_eq!(cut.same && after.len() == before.len(), after == before);
+            }
+            prop_assert!(!forgotten || !cut.same);
+            prop_assert!(!next.same && next.extents.iter().all(|extent| extent.pack.label == own));
         }
     }
 

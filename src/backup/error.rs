@@ -118,8 +118,53 @@ pub enum BackupError {
         /// The timeline.
         timeline: TimelineId,
     },
+    /// The parent that was asked for is not there.
+    #[error(
+        "there is no base backup {label} to compare with.\n\
+         hint: `pgkeep list` shows those that there are; with --full it is compared with none"
+    )]
+    NoParent {
+        /// What was asked for.
+        label: BackupLabel,
+    },
+    /// The parent that was asked for cannot be read.
+    #[error(
+        "base backup {label} cannot be compared with: {source}.\n\
+         hint: name another one with --parent, or none with --full"
+    )]
+    ParentUnreadable {
+        /// What was asked for.
+        label: BackupLabel,
+        /// Why not.
+        source: CatalogError,
+    },
+    /// What the backup references of others was removed while it was taken.
+    #[error(
+        "base backup {label} cannot be completed: it references {object}, which is not there any more.\n\
+         hint: somebody removed it meanwhile; take the backup again, what is gone is stored again then"
+    )]
+    ParentGone {
+        /// The backup.
+        label: BackupLabel,
+        /// One of what is gone.
+        object: String,
+    },
+    /// Every block of a file has the tag of the parent's, and the file is another.
+    #[error(
+        "{path} has the blocks that base backup {parent} has, by their tags, and another checksum: this backup was given \
+         up.\n\
+         hint: nothing of this kind should ever happen; take it with --full, and verify {parent} by restoring it"
+    )]
+    Belief {
+        /// The file.
+        path: String,
+        /// Whose tags were believed.
+        parent: BackupLabel,
+    },
     /// The caller said stop.
-    #[error("stopped before the base backup was complete; what it stored is referenced by nothing")]
+    #[error(
+        "stopped before the base backup was complete; what it had stored is removed as far as possible, and is used by nothing"
+    )]
     Cancelled,
     /// A mistake of ours.
     #[error("a task of the base backup ended abnormally: {0}")]
@@ -140,9 +185,15 @@ impl BackupError {
             | Self::Control { .. }
             | Self::TimelineChanged { .. }
             | Self::WalMissing { .. }
+            | Self::ParentGone { .. }
             | Self::Cancelled
             | Self::Task(_) => true,
-            Self::ForeignCluster { .. } | Self::Name { .. } | Self::WhichHistory { .. } => false,
+            Self::ForeignCluster { .. }
+            | Self::Name { .. }
+            | Self::WhichHistory { .. }
+            | Self::NoParent { .. }
+            | Self::ParentUnreadable { .. }
+            | Self::Belief { .. } => false,
         }
     }
 

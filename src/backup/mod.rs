@@ -9,21 +9,29 @@
 //! - A manifest is put only after everything it names is durable, every file's size and CRC-32C were those that the
 //!   server says it sent, and every byte of WAL from the first of the start position's segment to the stop position
 //!   lies in that repository, on the backup's own history (P2).
-//! - Memory is bounded whatever the repository's pace and the cluster's size (P8), except for 24 bytes per file.
+//! - Whatever it names of other backups was there when the manifest was put, and it names it directly: deleting another
+//!   backup takes nothing from it that it names itself.
+//! - Memory is bounded whatever the repository's pace and the cluster's size (P8), except for 24 bytes per file, and some
+//!   50 more per file of the parent ([`parent`]).
 //! - Somebody else archives: a `pgkeep run`, or the command's own archiver beside this. Here WAL is only waited for.
 //!
 //! Crash and cancellation: [`backup`] may be dropped at any await. What is left is a `start` without a manifest and
-//! objects that nothing references; the server has nothing to clean up. A name is never used again.
+//! objects that nothing references; the server has nothing to clean up. A name is never used again. A backup that fails, or
+//! is told to stop, removes its objects itself, as far as the repository lets it: nothing can have referenced them.
 //! Protocol: <https://www.postgresql.org/docs/current/protocol-replication.html>
 
 pub mod cut;
 mod error;
 mod objects;
+mod parent;
+mod pieces;
 mod receive;
+mod reclaim;
 pub mod server_manifest;
 pub mod tags;
 mod wal;
 
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -32,9 +40,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 pub use error::BackupError;
+pub use parent::ParentChoice;
 
-use self::cut::Cutter;
-use self::objects::{LIMITS, Objects};
+use self::cut::{Counts, Cutter};
+use self::objects::{LIMITS, Objects, Stored};
+use self::parent::Parent;
 use self::receive::{Received, Receiver};
 use self::wal::Needed;
 use crate::catalog::layout::ClusterObject;
@@ -53,6 +63,8 @@ const LABELS: u32 = 10;
 const REPORT_EVERY: u64 = 4 << 20;
 /// How long the server has for sending the segment that the backup ends in.
 const DIGEST_DEADLINE: Duration = Duration::from_secs(300);
+/// How long a backup that was given up may take to remove what it put.
+const TIDYING: Duration = Duration::from_secs(20);
 /// What is kept of the server's words about damaged pages.
 const MAX_REASON_CHARS: usize = 2000;
 
@@ -76,6 +88,8 @@ pub struct BackupOptions {
     pub verify_checksums: bool,
     /// How long the server may send nothing, once data flows. Not for the checkpoint.
     pub silence: Duration,
+    /// With which earlier backup blocks are compared.
+    pub parent: ParentChoice,
 }
 
 impl Default for BackupOptions {
@@ -85,6 +99,7 @@ impl Default for BackupOptions {
             max_rate: None,
             verify_checksums: true,
             silence: Duration::from_secs(300),
+            parent: ParentChoice::Newest,
         }
     }
 }
@@ -125,6 +140,10 @@ pub struct BackupProgress {
     pub total: Option<u64>,
     /// Bytes of sealed objects that are durable.
     pub stored: u64,
+    /// With which backup its blocks are compared.
+    pub parent: Option<BackupLabel>,
+    /// What became of the bytes that are not zeros, of files that have arrived whole.
+    pub counts: Counts,
 }
 
 /// Takes a base backup of the server and puts it into the repository under the cluster's name there.
@@ -146,11 +165,27 @@ pub async fn backup(
     // another thread for every 32 KiB, a fast server waits for us half of the time.
     let (source, cluster, options) = (source.clone(), cluster.clone(), options.clone());
     let (to, watched) = (repository.clone(), progress.clone());
-    let prepared = async move { prepare(&source, &to, &cluster, &options, &watched).await };
-    let (cluster, manifest) = tokio::select! {
+    let begun = Arc::new(OnceLock::new());
+    let noted = begun.clone();
+    let prepared = async move { prepare(&source, &to, &cluster, &options, &watched, &noted).await };
+    let mut prepared = AbortOnDropHandle::new(tokio::spawn(prepared));
+    let ended = tokio::select! {
         biased;
-        () = cancel.cancelled() => return Err(BackupError::Cancelled),
-        prepared = AbortOnDropHandle::new(tokio::spawn(prepared)) => prepared.map_err(BackupError::task)??,
+        () = cancel.cancelled() => {
+            prepared.abort();
+            let _ = (&mut prepared).await; // nothing of it runs any more
+            Err(BackupError::Cancelled)
+        }
+        ended = &mut prepared => ended.map_err(BackupError::task).flatten(),
+    };
+    let (cluster, manifest) = match ended {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            if let Some((cluster, label)) = begun.get() {
+                tidy(repository, cluster, *label).await;
+            }
+            return Err(error);
+        }
     };
     // From here on nothing stops it: it is one put, and then the backup is there.
     repository.put_manifest(&cluster, &manifest).await?;
@@ -160,22 +195,49 @@ pub async fn backup(
     Ok(manifest)
 }
 
-/// Everything but the manifest's put: all that it names is durable, and so is the WAL.
+/// Removes what a backup put that was given up: it costs, and nothing names it. What stays is harmless.
+async fn tidy(repository: &Repository, cluster: &ClusterId, label: BackupLabel) {
+    let remove = async {
+        let mut removed = 0;
+        loop {
+            // Once more, until there is nothing: a put that was under way may have come to its end meanwhile.
+            match repository.remove_unfinished(cluster, label).await? {
+                0 => return Ok::<u64, CatalogError>(removed),
+                more => removed += more,
+            }
+        }
+    };
+    match tokio::time::timeout(TIDYING, remove).await {
+        Ok(Ok(removed)) => {
+            tracing::info!(%cluster, %label, removed, "the backup was given up; its objects are removed")
+        }
+        Ok(Err(error)) => tracing::warn!(%cluster, %label, %error, "the backup was given up; some of its objects stay"),
+        Err(_) => tracing::warn!(%cluster, %label, "the backup was given up; some of its objects stay, unused"),
+    }
+}
+
+/// Everything but the manifest's put: all that it names is durable, and so is the WAL. `begun` gets the backup's name.
 async fn prepare(
     source: &BackupSource,
     repository: &Repository,
     cluster: &ClusterName,
     options: &BackupOptions,
     progress: &watch::Sender<BackupProgress>,
+    begun: &OnceLock<(ClusterId, BackupLabel)>,
 ) -> Result<(ClusterId, Manifest), BackupError> {
-    let Begun { cluster, start: record, server } = begin(source, repository, cluster, options).await?;
+    let Begun { cluster, start: record, server, parent } = begin(source, repository, cluster, options, begun).await?;
     let label = record.label;
+    let parents: Vec<BackupLabel> = parent.iter().map(Parent::label).collect();
     progress.send_modify(|progress| {
         (progress.label, progress.phase) = (Some(label), BackupPhase::Checkpoint);
+        progress.parent = parents.first().copied();
     });
-    tracing::info!(cluster = %cluster, %label, "taking a base backup");
+    match parents.first() {
+        Some(parent) => tracing::info!(cluster = %cluster, %label, %parent, "taking a base backup"),
+        None => tracing::info!(cluster = %cluster, %label, "taking a base backup, compared with none"),
+    }
 
-    let taken = take(server, repository, &cluster, label, progress).await?;
+    let taken = take(server, repository, &cluster, label, parent, progress).await?;
     let Taken { start, stop, timeline, received, flagged, server_version } = taken;
     let stopped_at = repository.now();
     let segment_size = received.control.segment_size;
@@ -187,7 +249,8 @@ async fn prepare(
     };
     let branch = wal::wait(repository, &needed, tell).await?;
 
-    let Received { stored, control, tablespaces, files, bytes } = received;
+    let Received { stored, control, tablespaces, files, bytes, referenced: mut packs, .. } = received;
+    packs.extend(stored.packs);
     let backup = BackupInfo {
         label,
         system: cluster.system,
@@ -206,14 +269,12 @@ async fn prepare(
         flagged,
         parameters: parameters(&control),
     };
-    let manifest = Manifest {
-        backup,
-        packs: stored.packs,
-        tables: stored.tables,
-        tags: stored.tags,
-        server_manifest: stored.server_manifest,
-        parents: Vec::new(),
-    };
+    let Stored { tables, tags, server_manifest, .. } = stored;
+    let manifest = Manifest { backup, packs, tables, tags, server_manifest, parents };
+    // It was there at the beginning, and the start pins it; but a person may have removed it.
+    if let Some(object) = repository.not_there(&cluster, &manifest, Some(label)).await?.first() {
+        return Err(BackupError::ParentGone { label, object });
+    }
     Ok((cluster, manifest))
 }
 
@@ -221,6 +282,7 @@ struct Begun {
     cluster: ClusterId,
     start: BackupStart,
     server: BaseBackup,
+    parent: Option<Parent>,
 }
 
 /// Everything up to the command: who the server is, whether it may be stored here, and under which name.
@@ -229,6 +291,7 @@ async fn begin(
     repository: &Repository,
     cluster: &ClusterName,
     options: &BackupOptions,
+    begun: &OnceLock<(ClusterId, BackupLabel)>,
 ) -> Result<Begun, BackupError> {
     repository.check_writable()?;
     let mut replication = Replication::connect(&source.conninfo, &source.connect).await?;
@@ -247,7 +310,18 @@ async fn begin(
         }
         _ => {}
     }
-    let start = put_start(repository, &cluster).await?;
+    let parent = parent::choose(repository, &cluster, options.parent).await?;
+    let start = put_start(repository, &cluster, parent.as_ref().map(|parent| parent.backup.label)).await?;
+    let _ = begun.set((cluster.clone(), start.label)); // once
+    // After the start, which pins it: what is there now stays.
+    let parent = match &parent {
+        Some(manifest) => Parent::open(repository, &cluster, manifest).await.map(Some).inspect_err(|error| {
+            let parent = manifest.backup.label;
+            tracing::warn!(%cluster, %parent, %error, "the parent is left aside: everything is stored");
+        }),
+        None => Ok(None),
+    };
+    let parent = parent.unwrap_or_default();
     let options = BaseBackupOptions {
         label: format!("pgkeep {}", start.label),
         checkpoint: options.checkpoint,
@@ -256,7 +330,7 @@ async fn begin(
         silence: options.silence,
     };
     let server = replication.base_backup(&options).await?;
-    Ok(Begun { cluster, start, server })
+    Ok(Begun { cluster, start, server, parent })
 }
 
 /// What the server has before `stop`, in that segment: by it its history is known among those that are archived.
@@ -280,12 +354,17 @@ async fn digest_before(
 }
 
 /// Finds a name that nobody has and takes it.
-async fn put_start(repository: &Repository, cluster: &ClusterId) -> Result<BackupStart, BackupError> {
+async fn put_start(
+    repository: &Repository,
+    cluster: &ClusterId,
+    parent: Option<BackupLabel>,
+) -> Result<BackupStart, BackupError> {
     let mut label = BackupLabel::at(repository.now());
+    let parents: Vec<BackupLabel> = parent.into_iter().collect();
     for _ in 0..LABELS {
         let now = repository.now();
         label = BackupLabel::at(now);
-        let start = BackupStart { label, writer: repository.writer(), started_at: now, parents: Vec::new() };
+        let start = BackupStart { label, writer: repository.writer(), started_at: now, parents: parents.clone() };
         match repository.put_record(cluster, ClusterObject::Start(label), &start).await {
             Ok(_) => return Ok(start),
             Err(CatalogError::Taken { .. }) => tokio::time::sleep(until_next_second(now)).await,
@@ -316,6 +395,7 @@ async fn take(
     repository: &Repository,
     cluster: &ClusterId,
     label: BackupLabel,
+    parent: Option<Parent>,
     progress: &watch::Sender<BackupProgress>,
 ) -> Result<Taken, BackupError> {
     let warn = |warning: String| tracing::warn!(cluster = %cluster, %label, "the server says: {warning}");
@@ -332,7 +412,7 @@ async fn take(
     });
     let tagger = BlockTagger::new(repository.meta_key(), repository.realm());
     let cutter = Cutter::new(label, tagger, LIMITS.pack_bytes, LIMITS.chunk_bytes);
-    let mut receiver = Receiver::new(Objects::new(repository, cluster, label), cutter, tablespaces);
+    let mut receiver = Receiver::new(Objects::new(repository, cluster, label), cutter, parent, tablespaces);
     let mut reported = 0;
     let (stop, stop_timeline, flagged) = loop {
         match next(&mut server).await? {
@@ -347,23 +427,25 @@ async fn take(
             }
             BackupEvent::Started { .. } => return Err(BackupError::unexpected("it started twice")),
         }
-        let (done, stored) = receiver.progress();
+        let (done, stored, counts) = receiver.progress();
         if done >= reported + REPORT_EVERY {
             reported = done;
-            progress.send_modify(|progress| (progress.done, progress.stored) = (done, stored));
+            progress.send_modify(|progress| {
+                (progress.done, progress.stored, progress.counts) = (done, stored, counts);
+            });
         }
     };
     if stop_timeline != timeline {
         return Err(BackupError::TimelineChanged { from: timeline, to: stop_timeline });
     }
-    let (done, stored) = receiver.progress();
+    let (done, stored, _) = receiver.progress();
     progress.send_modify(|progress| {
         (progress.phase, progress.done, progress.stored) = (BackupPhase::Storing, done, stored);
     });
     let server_version = server.server_version_num();
     drop(server); // one of max_wal_senders, and no longer needed
     let received = receiver.finish(cluster.system, timeline, (start, stop)).await?;
-    progress.send_modify(|progress| progress.stored = received.stored.bytes);
+    progress.send_modify(|progress| (progress.stored, progress.counts) = (received.stored.bytes, received.counts));
     Ok(Taken { start, stop, timeline, received, flagged, server_version })
 }
 

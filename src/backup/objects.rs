@@ -30,16 +30,16 @@ pub(super) struct Limits {
     pub chunks: usize,
     /// Packs that are being sealed and put, the one that still grows among them.
     pub packs: usize,
-    /// Plaintext in a piece of a table, about.
+    /// Plaintext in a piece of the server's manifest, about. Where other pieces end, `pieces` says.
     pub part_bytes: usize,
     /// Pieces that are being sealed and put.
     pub parts: usize,
 }
 
-/// Together about 150 MB where nothing compresses. A chunk is several frames: all but its last are sealed where they lie,
-/// without a copy.
+/// Together about 130 MB where nothing compresses. A chunk is a frame, which is sealed where it lies, without a copy; few
+/// and small, they stay in the processor's cache.
 pub(super) const LIMITS: Limits =
-    Limits { pack_bytes: 32 << 20, chunk_bytes: 4 << 20, chunks: 6, packs: 3, part_bytes: 4 << 20, parts: 3 };
+    Limits { pack_bytes: 32 << 20, chunk_bytes: 1 << 20, chunks: 6, packs: 3, part_bytes: 4 << 20, parts: 3 };
 
 /// What was put, durable.
 #[derive(Debug, Default)]
@@ -53,8 +53,8 @@ pub(super) struct Stored {
 
 type Task<T> = AbortOnDropHandle<Result<T, BackupError>>;
 
-/// A chunk, its place in memory until it is dropped.
-type Waiting = (Vec<u8>, OwnedSemaphorePermit);
+/// A chunk, and its place in memory until it is dropped.
+type Waiting = (Chunk, OwnedSemaphorePermit);
 
 pub(super) struct Objects {
     repository: Repository,
@@ -107,10 +107,11 @@ impl Objects {
             }
             self.begin_pack(chunk.pack).await?;
         }
+        let ends_pack = chunk.ends_pack;
         let permit = self.room.clone().acquire_owned().await;
         let permit = permit.map_err(|_| BackupError::Task("nobody closes the semaphore".to_owned()))?;
         let taken = match &self.growing {
-            Some(growing) => growing.send((chunk.bytes, permit)).await.is_ok(),
+            Some(growing) => growing.send((chunk, permit)).await.is_ok(),
             None => false,
         };
         if !taken {
@@ -121,7 +122,7 @@ impl Objects {
             }
             return Err(BackupError::Task("a pack was closed too early".to_owned()));
         }
-        if chunk.ends_pack {
+        if ends_pack {
             self.growing = None;
         }
         Ok(())
@@ -133,10 +134,10 @@ impl Objects {
         let (growing, mut chunks) = mpsc::channel::<Waiting>(LIMITS.chunks);
         let (repository, spare, put) = (self.repository.clone(), self.spare.clone(), self.put.clone());
         let seal = move || {
-            while let Some((bytes, permit)) = chunks.blocking_recv() {
-                writer.push(&bytes)?;
+            while let Some((chunk, permit)) = chunks.blocking_recv() {
+                if chunk.ends_pack { writer.push(&chunk.bytes) } else { writer.push_followed(&chunk.bytes) }?;
                 drop(permit);
-                spare.lock().unwrap_or_else(PoisonError::into_inner).push(bytes);
+                spare.lock().unwrap_or_else(PoisonError::into_inner).push(chunk.bytes);
             }
             writer.finish(&[])
         };
@@ -191,12 +192,24 @@ impl Objects {
         Ok(())
     }
 
+    /// The next piece of a table is one that is there already, as another backup wrote it.
+    pub async fn shared_part(&mut self, part: PartRef) -> Result<(), BackupError> {
+        while self.parts.len() >= LIMITS.parts {
+            self.wait_for_part().await?;
+        }
+        // In its turn, behind those that are being put.
+        self.parts.push_back(AbortOnDropHandle::new(tokio::spawn(std::future::ready(Ok(part)))));
+        Ok(())
+    }
+
     async fn wait_for_part(&mut self) -> Result<(), BackupError> {
         let Some(task) = self.parts.front_mut() else { return Ok(()) };
         let done = task.await.map_err(BackupError::task);
         self.parts.pop_front();
         let part = done??;
-        self.stored.bytes += part.len;
+        if part.part.label == self.label {
+            self.stored.bytes += part.len;
+        }
         match part.part.kind {
             PartKind::Files => self.stored.tables.push(part),
             PartKind::Tags => self.stored.tags.push(part),

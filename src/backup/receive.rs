@@ -1,7 +1,11 @@
 //! The server's base backup as it streams by: tar in, files cut, tables written, everything checked.
 //!
 //! What always holds: of every archive each byte went through the strict reader, each file was cut and its CRC-32C taken
-//! as it arrived; nothing of a file is held but the extents of the one that is arriving.
+//! as it arrived; nothing of a file is held but the extents of the one that is arriving, and those of the parent's.
+//!
+//! An equal tag is believed, and the belief is tested where it can be: a file whose every block has the parent's tag has
+//! the parent's CRC-32C, too, or there is no backup. What keeps a referenced block where it is: the parent's pack was
+//! listed after the `start` that pins it, is listed again before the manifest is put, and opens only under its header.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,12 +13,14 @@ use std::path::Path;
 use bytes::Bytes;
 
 use super::BackupError;
-use super::cut::{BLOCK, Cutter};
+use super::cut::{BLOCK, Counts, Cutter};
 use super::objects::{LIMITS, Objects, Stored};
+use super::parent::{Parent, ParentFile};
+use super::pieces;
 use super::server_manifest::ManifestChecker;
 use super::tags::{TAG, TagsWriter};
 use crate::catalog::layout::PartKind;
-use crate::catalog::records::TablespaceInfo;
+use crate::catalog::records::{PackRef, TablespaceInfo};
 use crate::catalog::table::{FileEntry, FileKind, TableWriter};
 use crate::pg::Tablespace;
 use crate::pg::control_file::{CONTROL_FILE_BYTES, ControlFile};
@@ -22,9 +28,6 @@ use crate::pg::tar::{EntryKind, TarEntry, TarEvent, TarReader};
 use crate::types::{Lsn, SystemId, TimelineId};
 
 const CONTROL_FILE: &str = "global/pg_control";
-/// Of one file so many tags are held at most: those of 64 MiB.
-const TAGS_AT_ONCE: usize = (64 << 20) / BLOCK * TAG;
-
 /// What was received, durable except for the record that says so.
 #[derive(Debug)]
 pub(super) struct Received {
@@ -33,12 +36,17 @@ pub(super) struct Received {
     pub tablespaces: Vec<TablespaceInfo>,
     pub files: u64,
     pub bytes: u64,
+    /// The parent's packs that are referenced.
+    pub referenced: Vec<PackRef>,
+    pub counts: Counts,
 }
 
 /// Takes the events of a base backup that carry data.
 pub(super) struct Receiver {
     objects: Objects,
     cutter: Cutter,
+    parent: Option<Parent>,
+    pieces: pieces::Limits,
     checker: ManifestChecker,
     table: TableWriter,
     tags: TagsWriter,
@@ -51,6 +59,7 @@ pub(super) struct Receiver {
     links: BTreeMap<u32, String>,
     files: u64,
     bytes: u64,
+    counts: Counts,
 }
 
 struct Archive {
@@ -73,15 +82,23 @@ struct File {
     size: u64,
     mode: u32,
     mtime: i64,
-    /// Blocks whose tags were taken.
+    /// Blocks whose tags were written down.
     tagged: u64,
+    /// Tags that were not yet.
+    tags: Vec<u8>,
+    /// What the parent has of it.
+    known: Option<ParentFile>,
+    /// Blocks whose tags the parent has given.
+    compared: u64,
 }
 
 impl Receiver {
-    pub fn new(objects: Objects, cutter: Cutter, announced: Vec<Tablespace>) -> Receiver {
+    pub fn new(objects: Objects, cutter: Cutter, parent: Option<Parent>, announced: Vec<Tablespace>) -> Receiver {
         Receiver {
             objects,
             cutter,
+            parent,
+            pieces: pieces::Limits::OURS,
             checker: ManifestChecker::new(),
             table: TableWriter::new(),
             tags: TagsWriter::new(),
@@ -93,12 +110,13 @@ impl Receiver {
             links: BTreeMap::new(),
             files: 0,
             bytes: 0,
+            counts: Counts::default(),
         }
     }
 
-    /// Bytes of files so far, and bytes of sealed objects.
-    pub fn progress(&self) -> (u64, u64) {
-        (self.bytes, self.objects.stored_bytes())
+    /// Bytes of files so far, of sealed objects, and what became of the files that are whole.
+    pub fn progress(&self) -> (u64, u64, Counts) {
+        (self.bytes, self.objects.stored_bytes(), self.counts)
     }
 
     /// An archive begins.
@@ -156,8 +174,50 @@ impl Receiver {
                 }
             }
             EntryKind::File { size } => {
-                self.file = Some(File { path, size, mode, mtime, tagged: 0 });
+                let mut known = if size == 0 { None } else { self.known(&path, size).await };
+                if let Some(known) = &mut known {
+                    self.cutter.known(std::mem::take(&mut known.extents));
+                }
+                if self.pieces.begins_before(size) {
+                    self.put_tags().await?;
+                }
+                let (tagged, tags, compared) = (0, Vec::new(), 0);
+                self.file = Some(File { path, size, mode, mtime, tagged, tags, known, compared });
                 if size == 0 { self.end_file().await } else { Ok(()) }
+            }
+        }
+    }
+
+    /// What the parent has of a file that begins.
+    async fn known(&mut self, path: &str, size: u64) -> Option<ParentFile> {
+        let parent = self.parent.as_mut()?;
+        match parent.file(path, self.bytes.saturating_add(size)).await {
+            Ok(known) => known,
+            Err(error) => {
+                parent.leave(&error);
+                None
+            }
+        }
+    }
+
+    /// Brings the parent's tags of the blocks that `coming` bytes are of.
+    async fn compare_with(&mut self, coming: usize) {
+        let (Some(file), Some(parent)) = (&mut self.file, &mut self.parent) else { return };
+        let Some(known) = &file.known else { return };
+        let to = (self.cutter.file_len() + coming as u64).div_ceil(BLOCK as u64).min(known.blocks());
+        while file.compared < to {
+            match parent.tags(known, file.compared).await {
+                Ok(tags) => {
+                    let count = (tags.len() / TAG) as u64;
+                    self.cutter.known_tags(file.compared, tags);
+                    file.compared += count; // never 0
+                }
+                Err(error) => {
+                    parent.leave(&error);
+                    self.cutter.forget();
+                    file.known = None;
+                    return;
+                }
             }
         }
     }
@@ -166,6 +226,7 @@ impl Receiver {
         while let Some(room) = self.objects.spare() {
             self.cutter.recycle(room);
         }
+        self.compare_with(bytes.len()).await;
         self.cutter.push(bytes);
         self.bytes += bytes.len() as u64;
         self.put_chunks().await?;
@@ -175,23 +236,42 @@ impl Receiver {
         if file.path == CONTROL_FILE && self.control.len() < CONTROL_FILE_BYTES {
             self.control.extend_from_slice(bytes);
         }
-        if self.cutter.tags_len() >= TAGS_AT_ONCE {
-            let tags = self.cutter.take_tags();
-            self.tags.push(&file.path, file.tagged, &tags);
-            file.tagged += (tags.len() / TAG) as u64;
-            self.put_tags(false).await?;
+        let at_once = self.pieces.tags_at_once;
+        if file.tags.len() + self.cutter.tags_len() >= at_once {
+            file.tags.extend(self.cutter.take_tags());
+            while let Some(tags) = file.tags.get(..at_once) {
+                self.tags.push(&file.path, file.tagged, tags);
+                file.tags.drain(..at_once); // invariant: as many were there
+                file.tagged += (at_once / TAG) as u64;
+            }
+            if self.tags.len() >= self.pieces.max {
+                self.put_tags().await?;
+            }
         }
         let whole = self.file.as_ref().is_some_and(|file| file.size == self.cutter.file_len());
         if whole { self.end_file().await } else { Ok(()) }
     }
 
     async fn end_file(&mut self) -> Result<(), BackupError> {
-        let Some(file) = self.file.take() else { return Ok(()) };
+        let Some(mut file) = self.file.take() else { return Ok(()) };
         let cut = self.cutter.end_file();
         self.put_chunks().await?;
-        let tags = self.cutter.take_tags();
-        self.tags.push(&file.path, file.tagged, &tags);
-        self.put_tags(false).await?;
+        if let Some(known) = file.known.filter(|known| cut.same && known.size == cut.size)
+            && known.crc32c.is_some_and(|crc| crc != cut.crc32c)
+            && let Some(parent) = &self.parent
+        {
+            return Err(BackupError::Belief { path: file.path, parent: parent.label() });
+        }
+        if let Some(parent) = &mut self.parent {
+            cut.extents.iter().for_each(|extent| parent.reference(extent.pack, extent.len));
+        }
+        self.counts += cut.counts;
+        file.tags.extend(self.cutter.take_tags());
+        self.tags.push(&file.path, file.tagged, &file.tags);
+        let tags = usize::try_from(cut.size.div_ceil(BLOCK as u64)).unwrap_or(usize::MAX).saturating_mul(TAG);
+        if self.pieces.ends_behind(&file.path, tags, self.tags.len()) {
+            self.put_tags().await?;
+        }
         self.checker.arrived(&file.path, cut.size, cut.crc32c);
         self.files += 1;
         let File { path, mode, mtime, .. } = file;
@@ -200,9 +280,11 @@ impl Receiver {
     }
 
     async fn listed(&mut self, entry: &FileEntry) -> Result<(), BackupError> {
+        let before = self.table.len();
         let pushed = self.table.push(entry);
         pushed.map_err(|error| BackupError::unexpected(format!("{} cannot be listed: {error}", entry.path)))?;
-        self.put_table(false).await
+        let len = self.table.len();
+        if self.pieces.ends_behind(&entry.path, len - before, len) { self.put_table().await } else { Ok(()) }
     }
 
     async fn put_chunks(&mut self) -> Result<(), BackupError> {
@@ -212,24 +294,31 @@ impl Receiver {
         Ok(())
     }
 
-    async fn put_table(&mut self, all: bool) -> Result<(), BackupError> {
-        let least = if all { 1 } else { LIMITS.part_bytes };
-        if self.table.len() < least {
+    async fn put_table(&mut self) -> Result<(), BackupError> {
+        if self.table.is_empty() {
             return Ok(());
         }
         let table = std::mem::take(&mut self.table);
         let entries = table.entries();
-        self.objects.part(PartKind::Files, table.finish(), entries).await
+        self.put_piece(PartKind::Files, table.finish(), entries).await
     }
 
-    async fn put_tags(&mut self, all: bool) -> Result<(), BackupError> {
-        let least = if all { 1 } else { LIMITS.part_bytes };
-        if self.tags.len() < least {
+    async fn put_tags(&mut self) -> Result<(), BackupError> {
+        if self.tags.is_empty() {
             return Ok(());
         }
         let tags = std::mem::take(&mut self.tags);
         let blocks = tags.blocks();
-        self.objects.part(PartKind::Tags, tags.finish(), blocks).await
+        self.put_piece(PartKind::Tags, tags.finish(), blocks).await
+    }
+
+    /// Puts a piece, unless the parent has the same one.
+    async fn put_piece(&mut self, kind: PartKind, piece: Vec<u8>, entries: u64) -> Result<(), BackupError> {
+        let same = self.parent.as_ref().and_then(|parent| parent.same_piece(kind, &piece));
+        match same.filter(|part| part.entries == entries).cloned() {
+            Some(part) => self.objects.shared_part(part).await,
+            None => self.objects.part(kind, piece, entries).await,
+        }
     }
 
     /// The next bytes of the server's manifest. All archives are over.
@@ -274,12 +363,19 @@ impl Receiver {
             let piece = std::mem::take(&mut self.server_manifest);
             self.objects.part(PartKind::ServerManifest, piece, 0).await?;
         }
+        let (files, bytes, counts) = (self.files, self.bytes, self.counts);
+        let (stored, referenced) = self.store_rest().await?;
+        Ok(Received { stored, control, tablespaces, files, bytes, referenced, counts })
+    }
+
+    /// Puts what is left and waits for all of it. What was stored, and the parent's packs that are referenced.
+    async fn store_rest(mut self) -> Result<(Stored, Vec<PackRef>), BackupError> {
         self.cutter.finish();
         self.put_chunks().await?;
-        self.put_table(true).await?;
-        self.put_tags(true).await?;
+        self.put_table().await?;
+        self.put_tags().await?;
         let stored = self.objects.finish().await?;
-        Ok(Received { stored, control, tablespaces, files: self.files, bytes: self.bytes })
+        Ok((stored, self.parent.map(Parent::into_referenced).unwrap_or_default()))
     }
 
     /// The tablespaces that have a link. One without lies in the data directory itself (`allow_in_place_tablespaces`):
@@ -307,3 +403,6 @@ impl Receiver {
 fn text(path: &Path) -> Result<String, BackupError> {
     path.to_str().map(str::to_owned).ok_or_else(|| BackupError::Name { path: path.display().to_string() })
 }
+
+#[cfg(test)]
+mod tests;

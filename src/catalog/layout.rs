@@ -656,6 +656,11 @@ pub mod folder {
         format!("{cluster}/pack/{label}/")
     }
 
+    /// Where plans of expiry will lie: reserved, so names in it are unknown as yet.
+    pub fn expiry_plans(cluster: &ClusterId) -> String {
+        format!("{cluster}/expire/")
+    }
+
     /// Kept `.partial` and `.backup` files of all branches.
     pub fn kept_files(cluster: &ClusterId) -> String {
         format!("{cluster}/partial/")

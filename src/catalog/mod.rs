@@ -1,14 +1,16 @@
 //! What the objects of a repository mean. The only room where WAL, sealing and the store meet.
 //!
 //! - [`layout`] builds and reads every object's name;
-//! - [`records`] is what we write down, as JSON under the meta key, [`table`] the files of a base backup;
+//! - [`records`] is what we write down, as JSON under the meta key, [`table`] the files of a base backup, [`tags`] its blocks;
 //! - [`Repository`] is a repository opened with its key; [`writer`] puts objects into it, [`reader`] gets them out;
+//! - [`backups`] tells what the base backups share, and whether all that one names is there;
 //! - [`copy`] brings them from one repository into another;
 //! - [`inventory`] is a picture of what is there, in plain values; [`load`] takes it.
 //!
 //! What always holds: an object is created and not replaced (P6); it opens only under the realm, kind and name that it
 //! was sealed for (P4); a name that is not understood is left alone; "not there" is said only when the store said so (P7).
 
+pub mod backups;
 mod branches;
 pub mod copy;
 mod error;
@@ -25,6 +27,7 @@ pub mod repository;
 mod resume;
 pub mod sweep;
 pub mod table;
+pub mod tags;
 mod tail;
 #[cfg(test)]
 mod tests;

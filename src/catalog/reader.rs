@@ -6,8 +6,9 @@
 //! "list again". Empty bytes mean that the repository was asked and has nothing there (P7).
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -26,7 +27,7 @@ use crate::seal::{
     peek_tail_prelude,
 };
 use crate::store::{ObjectMeta, list_all};
-use crate::types::{Branch, ClusterId, Digest, Lsn, PgTimestamp, SegmentNumber, SegmentSize, TimelineHistory};
+use crate::types::{Branch, ClusterId, Digest, Id128, Lsn, PgTimestamp, SegmentNumber, SegmentSize, TimelineHistory};
 
 /// How often a segment is listed anew when something listed was gone.
 const TRIES: usize = 4;
@@ -52,6 +53,8 @@ pub struct SegmentBytes {
     pub more_behind: bool,
     /// Offset in the segment up to which any piece reaches by its name.
     pub listed_to: u32,
+    /// The content keys that opened what was read.
+    pub keys: BTreeSet<Id128>,
 }
 
 /// A piece of WAL as listed.
@@ -124,6 +127,7 @@ pub(super) fn group(pieces: impl IntoIterator<Item = Piece>) -> Vec<Group> {
 struct Content {
     name: Name,
     note: WalRangeNote,
+    key: Option<Id128>,
     /// `None`: contained in another by its name, so only the note was read.
     bytes: Option<Vec<u8>>,
     /// A tail in which something that was durable does not open; its bytes are what lies before.
@@ -145,6 +149,7 @@ enum Fetched {
 struct Joined {
     joiner: Joiner,
     sources: Vec<Name>,
+    keys: BTreeSet<Id128>,
     damaged: Vec<(Name, Option<u32>, CatalogError)>,
     more_behind: bool,
 }
@@ -153,6 +158,7 @@ struct Joined {
 struct Base {
     bytes: Vec<u8>,
     sources: Vec<String>,
+    keys: BTreeSet<Id128>,
 }
 
 impl Repository {
@@ -260,7 +266,7 @@ impl Repository {
         let read = Box::pin(self.read_segment(cluster, parent, segment, size, its_path.as_ref())).await?;
         let mut bytes = read.bytes;
         bytes.truncate(usize::try_from(offset).unwrap_or(usize::MAX));
-        Ok(Some(Base { bytes, sources: read.sources }))
+        Ok(Some(Base { bytes, sources: read.sources, keys: read.keys }))
     }
 
     fn finish(
@@ -281,16 +287,18 @@ impl Repository {
             tracing::warn!(object = %name, error = %error, "an object does not open; reading goes on without it");
             damaged.push(DamagedObject { name: name.to_string(), reason: error.to_string() });
         }
-        let mut sources = base.map(|base| base.sources).unwrap_or_default();
+        let (mut sources, mut keys) = base.map(|base| (base.sources, base.keys)).unwrap_or_default();
+        keys.extend(joined.keys);
         sources.extend(joined.sources.iter().map(Name::to_string));
-        let more_behind = joined.more_behind;
-        Ok(SegmentBytes { bytes: joined.joiner.into_bytes(), complete, sources, damaged, more_behind, listed_to })
+        let (more_behind, bytes) = (joined.more_behind, joined.joiner.into_bytes());
+        Ok(SegmentBytes { bytes, complete, sources, damaged, more_behind, listed_to, keys })
     }
 
     async fn join(&self, groups: Vec<Group>, base: Option<&Base>, size: SegmentSize) -> Result<Joined, CatalogError> {
         let borders = groups.iter().flatten().flat_map(|piece| [Some(piece.from), piece.to]).flatten();
         let joiner = Joiner::new(borders);
-        let mut joined = Joined { joiner, sources: Vec::new(), damaged: Vec::new(), more_behind: false };
+        let (sources, keys, damaged) = (Vec::new(), BTreeSet::new(), Vec::new());
+        let mut joined = Joined { joiner, sources, keys, damaged, more_behind: false };
         if let Some(base) = base {
             // invariant: an empty joiner takes anything at 0 whose digest before is that of nothing
             let _ = joined.joiner.take(0, &base.bytes, &Digest::of(b""), None);
@@ -337,13 +345,14 @@ impl Repository {
     }
 
     fn take(&self, joined: &mut Joined, from: u32, to: Option<u32>, content: Content) -> Result<(), CatalogError> {
-        let Content { name, note, bytes, damage } = content;
+        let Content { name, note, key, bytes, damage } = content;
         let agrees = match (&bytes, to, &note.digest_to) {
             (Some(bytes), _, digest_to) => {
                 let longer = joined.joiner.at() < from.saturating_add(u32::try_from(bytes.len()).unwrap_or(u32::MAX));
                 let taken = joined.joiner.take(from, bytes, &note.digest_from, digest_to.as_ref()).is_ok();
                 if taken && longer {
                     joined.sources.push(name.clone());
+                    joined.keys.extend(key);
                 }
                 taken
             }
@@ -372,13 +381,13 @@ impl Repository {
         for piece in group {
             let read = if contained {
                 let note = self.note_of(piece).await;
-                note.map(|note| Content { name: piece.name.clone(), note, bytes: None, damage: None })
+                note.map(|note| Content { name: piece.name.clone(), note, key: None, bytes: None, damage: None })
             } else if piece.is_tail() {
                 match self.open_tail_piece(piece).await {
                     Ok(None) => return Ok(Fetched::Nothing),
-                    Ok(Some((note, tail))) => {
+                    Ok(Some((note, tail, key))) => {
                         let (bytes, damage) = (Some(tail.plaintext), tail.damage);
-                        Ok(Content { name: piece.name.clone(), note, bytes, damage })
+                        Ok(Content { name: piece.name.clone(), note, key, bytes, damage })
                     }
                     Err(error) => Err(error),
                 }
@@ -395,21 +404,23 @@ impl Repository {
     }
 
     async fn open_range_piece(&self, piece: &Piece) -> Result<Content, CatalogError> {
-        let opened = self.get_one(&piece.name, Kind::WalRange).await?;
-        let note: WalRangeNote = records::from_json(&opened.note).map_err(|source| self.record(&piece.name, source))?;
+        let bytes = self.get_bytes(&piece.name, None).await?;
+        let key = Header::parse(&bytes).ok().and_then(|header| header.key_id());
+        let (plaintext, note) = self.open_bytes(&piece.name, Kind::WalRange, bytes).await?;
+        let note: WalRangeNote = records::from_json(&note).map_err(|source| self.record(&piece.name, source))?;
         let named = u64::from(piece.to.unwrap_or(piece.from).saturating_sub(piece.from));
-        if opened.plaintext.len() as u64 != named {
-            let reason = format!("it holds {} bytes and its name says {named}", opened.plaintext.len());
+        if plaintext.len() as u64 != named {
+            let reason = format!("it holds {} bytes and its name says {named}", plaintext.len());
             return Err(self.inconsistent(&piece.name, reason));
         }
-        Ok(Content { name: piece.name.clone(), note, bytes: Some(opened.plaintext), damage: None })
+        Ok(Content { name: piece.name.clone(), note, key, bytes: Some(plaintext), damage: None })
     }
 
-    /// A tail's note and content; `None` for one that a crash left before its first append.
+    /// A tail's note and content, and the content key that opened it; `None` for one that a crash left before its first append.
     pub(super) async fn open_tail_piece(
         &self,
         piece: &Piece,
-    ) -> Result<Option<(WalRangeNote, TailContent)>, CatalogError> {
+    ) -> Result<Option<(WalRangeNote, TailContent, Option<Id128>)>, CatalogError> {
         let bytes = self.get_bytes(&piece.name, None).await?;
         if !holds_frames(&bytes) {
             // Nothing was ever confirmed of it, so a start that does not open is what a crash left, and no damage.
@@ -422,7 +433,11 @@ impl Repository {
         self.open_tail_bytes(piece, bytes).await.map(Some)
     }
 
-    async fn open_tail_bytes(&self, piece: &Piece, bytes: Bytes) -> Result<(WalRangeNote, TailContent), CatalogError> {
+    async fn open_tail_bytes(
+        &self,
+        piece: &Piece,
+        bytes: Bytes,
+    ) -> Result<(WalRangeNote, TailContent, Option<Id128>), CatalogError> {
         let sealed = |source| self.sealed(&piece.name, source);
         let header = Header::parse(&bytes).map_err(sealed)?;
         let bound = piece.name.object.to_string();
@@ -435,7 +450,7 @@ impl Repository {
         };
         let tail = self.off_thread(open).await?.map_err(sealed)?;
         let note = records::from_json(&tail.prelude).map_err(|source| self.record(&piece.name, source))?;
-        Ok((note, tail))
+        Ok((note, tail, header.key_id()))
     }
 
     /// The note of a piece of WAL, without its frames.
@@ -621,6 +636,15 @@ impl Repository {
     }
 }
 
+/// Where the time of a read went.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ReadTimes {
+    /// Waiting for the store.
+    pub fetch: Duration,
+    /// Opening what came.
+    pub open: Duration,
+}
+
 /// Reads an object's plaintext by range, or from its start on. Every range is one request.
 #[derive(Debug, Clone)]
 pub struct ObjectReader {
@@ -643,6 +667,11 @@ impl ObjectReader {
     }
 
     /// The object's header.
+    /// Id of the content key that opens it.
+    pub fn key_id(&self) -> Option<Id128> {
+        self.header().key_id()
+    }
+
     pub(super) fn header(&self) -> &Header {
         self.opener.header()
     }
@@ -657,14 +686,25 @@ impl ObjectReader {
     /// # Errors
     /// Damage that names the object; [`CatalogError::Misuse`] beyond its end; what the store says.
     pub async fn read(&self, range: Range<u64>) -> Result<Vec<u8>, CatalogError> {
+        self.read_timed(range).await.map(|(bytes, _)| bytes)
+    }
+
+    /// [`ObjectReader::read`], and where its time went.
+    ///
+    /// # Errors
+    /// As [`ObjectReader::read`].
+    pub async fn read_timed(&self, range: Range<u64>) -> Result<(Vec<u8>, ReadTimes), CatalogError> {
         let span = self.footer.span(range.clone()).ok_or_else(|| CatalogError::Misuse {
             name: self.name.to_string(),
             reason: format!("bytes {} to {} of {} were asked for", range.start, range.end, self.footer.plaintext_len),
         })?;
+        let begun = Instant::now();
         let bytes = self.repository.get_bytes(&self.name, Some(span.bytes.clone())).await?;
+        let fetched = Instant::now();
         let (opener, footer) = (self.opener.clone(), self.footer.clone());
         let opened = self.repository.off_thread(move || opener.open_span(&footer, &span, &bytes)).await?;
-        opened.map_err(|source| self.repository.sealed(&self.name, source))
+        let bytes = opened.map_err(|source| self.repository.sealed(&self.name, source))?;
+        Ok((bytes, ReadTimes { fetch: fetched - begun, open: fetched.elapsed() }))
     }
 
     /// The next bytes from the start on, some MiB at a time; `None` at the end.

@@ -3,7 +3,7 @@
 //! What always holds: a name is that of a moment, and nobody guesses beyond it. A number that no picture has stays a number;
 //! one that was dropped after the picture and before the transaction in question has no name any more ([`Names::of`]).
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +11,7 @@ use super::CatalogError;
 use super::layout::{ClusterObject, Name, Object, folder};
 use super::records::Record;
 use super::repository::Repository;
-use crate::store::list_all;
+use crate::store::{Created, ObjectMeta, list_all};
 use crate::types::{BackupLabel, ClusterId, Lsn};
 use crate::wal::{RelFile, Touched};
 
@@ -132,20 +132,41 @@ impl Repository {
         self.put_record(cluster, ClusterObject::Relations(names.label), names).await.map(|_| ())
     }
 
+    /// When names were noted.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn relation_labels(&self, cluster: &ClusterId) -> Result<BTreeSet<BackupLabel>, CatalogError> {
+        let listed = list_all(self.store().as_ref(), &folder::relations(cluster)).await;
+        let listed = listed.map_err(|source| self.in_store(source))?;
+        let label = |object: &ObjectMeta| match Name::parse(object.key.as_str()).ok()?.object {
+            Object::Of(_, ClusterObject::Relations(label)) => Some(label),
+            _ => None,
+        };
+        Ok(listed.iter().filter_map(label).collect())
+    }
+
+    /// Copies a picture of names; `false` where it is here.
+    ///
+    /// # Errors
+    /// [`CatalogError::Taken`]; damage that names the object; what the stores say.
+    pub async fn copy_relations(
+        &self,
+        from: &Repository,
+        cluster: &ClusterId,
+        label: BackupLabel,
+    ) -> Result<bool, CatalogError> {
+        let object = ClusterObject::Relations(label);
+        let names: RelationNames = from.get_record(cluster, object.clone()).await?;
+        Ok(self.put_record(cluster, object, &names).await? == Created::New)
+    }
+
     /// The newest pictures of names. One that does not open is passed over, and logged.
     ///
     /// # Errors
     /// What the store says.
     pub async fn relation_names(&self, cluster: &ClusterId) -> Result<Names, CatalogError> {
-        let listed = list_all(self.store().as_ref(), &folder::relations(cluster)).await;
-        let listed = listed.map_err(|source| self.in_store(source))?;
-        let labels: std::collections::BTreeSet<BackupLabel> = listed
-            .iter()
-            .filter_map(|object| match Name::parse(object.key.as_str()).ok()?.object {
-                Object::Of(_, ClusterObject::Relations(label)) => Some(label),
-                _ => None,
-            })
-            .collect();
+        let labels = self.relation_labels(cluster).await?;
         let mut names = Names::default();
         for label in labels.into_iter().rev().take(PICTURES_MAX) {
             match self.get_record::<RelationNames>(cluster, ClusterObject::Relations(label)).await {

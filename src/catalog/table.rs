@@ -92,22 +92,21 @@ pub struct FileEntry {
     pub extents: Vec<Extent>,
 }
 
-#[derive(Serialize, Deserialize)]
+/// A line: a pack, or a file. One flat struct, because serde reads nested ones through a copy of everything.
+#[derive(Default, Serialize, Deserialize)]
 struct Line {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pack: Option<PackName>,
-    #[serde(flatten, default, skip_serializing_if = "Option::is_none")]
-    file: Option<FileLine>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct FileLine {
-    path: String,
-    kind: FileKind,
-    #[serde(default)]
-    size: u64,
-    mode: u32,
-    mtime: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    path: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    kind: Option<FileKind>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    size: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mode: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mtime: Option<i64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     crc32c: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -141,7 +140,7 @@ impl TableWriter {
             let number = match self.packs.get(&extent.pack) {
                 Some(number) => *number,
                 None => {
-                    self.line(&Line { pack: Some(extent.pack), file: None })?;
+                    self.line(&Line { pack: Some(extent.pack), ..Line::default() })?;
                     self.packs.insert(extent.pack, next);
                     next
                 }
@@ -149,7 +148,8 @@ impl TableWriter {
             extents.push((extent.offset, extent.len, number, extent.at));
         }
         let FileEntry { path, kind, size, mode, mtime, crc32c, link, .. } = file.clone_without_extents();
-        self.line(&Line { pack: None, file: Some(FileLine { path, kind, size, mode, mtime, crc32c, link, extents }) })?;
+        let (path, kind, size, mode, mtime) = (Some(path), Some(kind), Some(size), Some(mode), Some(mtime));
+        self.line(&Line { pack: None, path, kind, size, mode, mtime, crc32c, link, extents })?;
         self.entries += 1;
         Ok(())
     }
@@ -225,17 +225,11 @@ impl TableReader {
             let line = rest.get(..end).unwrap_or_default();
             let line = serde_json::from_slice(line).map_err(|source| TableError::Line { line: number, source });
             self.read += end + 1;
-            let Line { pack, file } = line?;
-            self.packs.extend(pack);
-            let Some(file) = file else { continue };
-            let mut extents = Vec::with_capacity(file.extents.len());
-            for (offset, len, pack, at) in file.extents {
-                let known = usize::try_from(pack).ok().and_then(|index| self.packs.get(index));
-                let known = *known.ok_or(TableError::Pack { line: number, pack })?;
-                extents.push(Extent { offset, len, pack: known, at });
+            let line: Line = line?;
+            self.packs.extend(line.pack);
+            if let Some(file) = file_of(line, number, &self.packs)? {
+                return Ok(Some(file));
             }
-            let FileLine { path, kind, size, mode, mtime, crc32c, link, .. } = file;
-            return Ok(Some(FileEntry { path, kind, size, mode, mtime, crc32c, link, extents }));
         }
     }
 
@@ -245,6 +239,99 @@ impl TableReader {
     /// [`TableError::Cut`].
     pub fn finish(self) -> Result<(), TableError> {
         if self.waiting.len() > self.read { Err(TableError::Cut { line: self.line }) } else { Ok(()) }
+    }
+}
+
+/// What a line says of a file; `None` if it says nothing of one.
+fn file_of(line: Line, number: u64, packs: &[PackName]) -> Result<Option<FileEntry>, TableError> {
+    let Some(path) = line.path else { return Ok(None) };
+    let lacks = |field: &str| {
+        let source = <serde_json::Error as serde::de::Error>::custom(format!("a file without {field}"));
+        TableError::Line { line: number, source }
+    };
+    let kind = line.kind.ok_or_else(|| lacks("kind"))?;
+    let (mode, mtime) = (line.mode.ok_or_else(|| lacks("mode"))?, line.mtime.ok_or_else(|| lacks("mtime"))?);
+    let mut extents = Vec::with_capacity(line.extents.len());
+    for (offset, len, pack, at) in line.extents {
+        let known = usize::try_from(pack).ok().and_then(|index| packs.get(index));
+        let known = *known.ok_or(TableError::Pack { line: number, pack })?;
+        extents.push(Extent { offset, len, pack: known, at });
+    }
+    let (size, crc32c, link) = (line.size.unwrap_or(0), line.crc32c, line.link);
+    Ok(Some(FileEntry { path, kind, size, mode, mtime, crc32c, link, extents }))
+}
+
+/// A whole piece in memory, in which files are read by where their lines begin.
+#[derive(Debug)]
+pub struct TablePiece {
+    text: Vec<u8>,
+    packs: Vec<PackName>,
+}
+
+/// A file that a [`TablePiece`] lists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListedFile {
+    /// Where its line begins.
+    pub at: usize,
+    /// Its path.
+    pub path: String,
+    /// Bytes; 0 unless it is a file.
+    pub size: u64,
+}
+
+/// A line as far as a list needs it: the extents, most of it, are stepped over.
+#[derive(Deserialize)]
+struct BriefLine {
+    #[serde(default)]
+    pack: Option<PackName>,
+    #[serde(default)]
+    path: Option<String>,
+    #[serde(default)]
+    kind: Option<FileKind>,
+    #[serde(default)]
+    size: u64,
+}
+
+impl TablePiece {
+    /// Reads through a piece: what it lists, in order.
+    ///
+    /// # Errors
+    /// As [`TableReader::next_file`] and [`TableReader::finish`].
+    pub fn parse(text: Vec<u8>) -> Result<(TablePiece, Vec<ListedFile>), TableError> {
+        let (mut packs, mut files, mut at, mut number) = (Vec::new(), Vec::new(), 0, 0);
+        for line in text.split_inclusive(|byte| *byte == b'\n') {
+            let whole = line.strip_suffix(b"\n").ok_or(TableError::Cut { line: number })?;
+            number += 1;
+            let brief = serde_json::from_slice(whole).map_err(|source| TableError::Line { line: number, source });
+            let BriefLine { pack, path, kind, size } = brief?;
+            packs.extend(pack);
+            let size = if kind == Some(FileKind::File) { size } else { 0 };
+            files.extend(path.map(|path| ListedFile { at, path, size }));
+            at += line.len();
+        }
+        Ok((TablePiece { text, packs }, files))
+    }
+
+    /// Bytes of the piece.
+    pub fn len(&self) -> usize {
+        self.text.len()
+    }
+
+    /// Nothing is listed.
+    pub fn is_empty(&self) -> bool {
+        self.text.is_empty()
+    }
+
+    /// The file whose line begins there; `None` if none does.
+    ///
+    /// # Errors
+    /// [`TableError`], with the line counted from there.
+    pub fn file_at(&self, at: usize) -> Result<Option<FileEntry>, TableError> {
+        let Some(line) = self.text.get(at..).and_then(|rest| rest.split(|byte| *byte == b'\n').next()) else {
+            return Ok(None);
+        };
+        let line = serde_json::from_slice(line).map_err(|source| TableError::Line { line: 1, source })?;
+        file_of(line, 1, &self.packs)
     }
 }
 
@@ -280,14 +367,22 @@ mod tests {
             }
             prop_assert_eq!(writer.entries(), files.len() as u64);
             let (mut reader, mut read) = (TableReader::new(), Vec::new());
-            for chunk in writer.finish().chunks(slice) {
+            let text = writer.finish();
+            for chunk in text.chunks(slice) {
                 reader.push(chunk);
                 while let Some(file) = reader.next_file().unwrap() {
                     read.push(file);
                 }
             }
             prop_assert!(reader.finish().is_ok());
-            prop_assert_eq!(read, files);
+            prop_assert_eq!(&read, &files);
+            let (piece, listed) = TablePiece::parse(text).unwrap();
+            prop_assert_eq!(listed.len(), files.len());
+            for (listed, file) in listed.iter().zip(&files) {
+                let size = if file.kind == FileKind::File { file.size } else { 0 };
+                prop_assert_eq!((&listed.path, listed.size), (&file.path, size));
+                prop_assert_eq!(&piece.file_at(listed.at).unwrap().unwrap(), file);
+            }
         }
 
         #[test]
@@ -295,6 +390,7 @@ mod tests {
             let mut reader = TableReader::new();
             reader.push(&bytes);
             while let Ok(Some(_)) = reader.next_file() {}
+            let _ = TablePiece::parse(bytes);
         }
     }
 
@@ -306,5 +402,10 @@ mod tests {
         reader.push(b"\n{\"path\"");
         assert!(matches!(reader.next_file(), Err(TableError::Pack { line: 1, pack: 0 })));
         assert!(matches!(reader.finish(), Err(TableError::Cut { line: 1 })));
+        let cut = TablePiece::parse(b"{\"path\":\"a\"}\n{\"path\"".to_vec());
+        assert!(matches!(cut, Err(TableError::Cut { line: 1 })));
+        let mut reader = TableReader::new();
+        reader.push(b"{\"path\":\"a\"}\n");
+        assert!(matches!(reader.next_file(), Err(TableError::Line { line: 1, .. })), "a file without a kind");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! What always holds: only whole frames that open, in their order, come out. Who reads for recovery opens the tail as a
 //! whole instead (`reader`), because only that tells damage from a torn end in every case; here the search behind the
-//! last frame that opens looks at the next [`WINDOW`].
+//! last frame that opens looks at the next [`LOOK_BEHIND`].
 
 use std::sync::Arc;
 
@@ -13,8 +13,11 @@ use super::records::{self, WalRangeNote};
 use super::repository::Repository;
 use crate::seal::{Header, Kind, MAX_EXTRA, Opener, SealError, TailFrames};
 
-/// What is fetched at once: several frames, which hold at most 1 MiB each.
-const WINDOW: u64 = 8 << 20;
+/// What is fetched at once: at least one whole frame, which holds at most 1 MiB. Not much more: WAL shrinks to a seventh,
+/// and what a window holds lies in memory.
+const WINDOW: u64 = 3 << 19;
+/// Where something that was durable is sought behind the last frame that opens.
+const LOOK_BEHIND: u64 = 8 << 20;
 
 /// A tail that is being read.
 #[derive(Debug)]
@@ -91,7 +94,7 @@ impl TailReader {
         let opened = opened.map_err(|source| self.repository.sealed(&self.name, source))?;
         self.at += opened.used as u64;
         self.next_frame = self.next_frame.saturating_add(opened.frames);
-        // A window holds several frames, so one that shows none whole is the end.
+        // A window holds at least one frame, so one that shows none whole is the end.
         self.ended = is_end || opened.ended || opened.used == 0;
         if self.ended {
             self.look_behind().await?;
@@ -100,10 +103,19 @@ impl TailReader {
     }
 
     async fn look_behind(&mut self) -> Result<(), CatalogError> {
-        let bytes = self.repository.get_bytes(&self.name, Some(self.at..self.at + WINDOW)).await?;
-        if bytes.iter().all(|byte| *byte == 0) {
-            return Ok(()); // the end, perhaps of preallocated space
+        let limit = self.at + LOOK_BEHIND;
+        let mut from = self.at;
+        while from < limit {
+            let bytes = self.repository.get_bytes(&self.name, Some(from..from + WINDOW)).await?;
+            from += WINDOW;
+            if bytes.iter().any(|byte| *byte != 0) {
+                break;
+            }
+            if (bytes.len() as u64) < WINDOW || from >= limit {
+                return Ok(()); // the end, perhaps of preallocated space
+            }
         }
+        let bytes = self.repository.get_bytes(&self.name, Some(self.at..limit)).await?;
         let (frames, bad) = (self.frames.clone(), self.next_frame);
         if self.repository.off_thread(move || frames.is_damage(bad, &bytes)).await? {
             self.damage = Some(format!(

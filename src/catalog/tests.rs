@@ -4,6 +4,7 @@ mod copy;
 mod inventory;
 mod repository;
 mod resume;
+mod sharing;
 mod wal;
 mod weak;
 

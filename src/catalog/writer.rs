@@ -78,6 +78,16 @@ impl ObjectWriter {
         Ok(())
     }
 
+    /// The same, of bytes behind which more will come: nothing is copied of whole frames. An object must not end with them.
+    ///
+    /// # Errors
+    /// [`CatalogError::Sealing`].
+    pub fn push_followed(&mut self, bytes: &[u8]) -> Result<(), CatalogError> {
+        let sealing = |source| CatalogError::Sealing { name: self.name.to_string(), source };
+        self.parts.extend(self.sealer.push_followed(bytes).map_err(sealing)?);
+        Ok(())
+    }
+
     /// The same; bytes that are just one frame are not copied.
     ///
     /// # Errors

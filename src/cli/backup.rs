@@ -15,7 +15,8 @@ use super::{CliError, Context, Exit, bucket, open, stop_on_signal};
 use crate::archive::Source;
 use crate::archive::names::{NamesError, names_of};
 use crate::archive::{ClusterStatus, archive};
-use crate::backup::{BackupError, BackupOptions, BackupPhase, BackupProgress, BackupSource, backup};
+use crate::backup::cut::Counts;
+use crate::backup::{BackupError, BackupOptions, BackupPhase, BackupProgress, BackupSource, ParentChoice, backup};
 use crate::catalog::Repository;
 use crate::catalog::records::{BackupInfo, Manifest};
 use crate::catalog::relations::RelationNames;
@@ -23,7 +24,7 @@ use crate::config::{ClusterConfig, Config, RepositoryConfig};
 use crate::copy;
 use crate::daemon::Job;
 use crate::pg::CheckpointSpeed;
-use crate::types::{ClusterId, ClusterName};
+use crate::types::{BackupLabel, ClusterId, ClusterName};
 
 /// How often the progress is drawn.
 const DRAW_EVERY: Duration = Duration::from_millis(100);
@@ -31,19 +32,30 @@ const DRAW_EVERY: Duration = Duration::from_millis(100);
 /// `pgkeep backup`: one base backup now.
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
-Complete only when the WAL up to its end is in the repository; it streams that itself when no `pgkeep run` does. Where the cluster has several repositories it is taken into the first one that answers, or --repository, and copied from there to the others: the server is read once. Exit code 1: it is there, but flagged, or not in all of them.
+Complete on its own, and it costs what changed: blocks that an earlier base backup of the cluster has are not stored again. Complete only when the WAL up to its end is in the repository; it streams that itself when no `pgkeep run` does. Where the cluster has several repositories it is taken into the first one that answers, or --repository, and copied from there to the others: the server is read once. Exit code 1: it is there, but flagged, or not in all of them.
 
 Example:
   pgkeep backup
-  pgkeep backup --cluster main --checkpoint spread
+  pgkeep backup --cluster main --checkpoint spread --rate 50000
+  pgkeep backup --from 'host=standby user=postgres'
+  pgkeep backup --full
   pgkeep backup --repository second --only")]
 pub struct Args {
     /// The checkpoint it begins with: at once, or spread over minutes to spare the server's disks
     #[arg(long, value_name = "HOW", value_enum, default_value_t = Checkpoint::Fast)]
     pub checkpoint: Checkpoint,
     /// Most kB (1024 bytes) that the server sends in a second, 32 to 1048576 [default: no limit]
-    #[arg(long, value_name = "KB")]
+    #[arg(long, visible_alias = "rate", value_name = "KB")]
     pub max_rate: Option<u32>,
+    /// Compare with this base backup [default: the newest sound one of the cluster]
+    #[arg(long, value_name = "LABEL", conflicts_with = "full")]
+    pub parent: Option<BackupLabel>,
+    /// Compare with none: store everything
+    #[arg(long)]
+    pub full: bool,
+    /// Read the files from this server instead, a standby of the same cluster; WAL comes from the configured one
+    #[arg(long, value_name = "CONNINFO")]
+    pub from: Option<String>,
     /// Do not copy it to the cluster's other repositories
     #[arg(long)]
     pub only: bool,
@@ -71,11 +83,21 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
         Checkpoint::Fast => CheckpointSpeed::Fast,
         Checkpoint::Spread => CheckpointSpeed::Spread,
     };
-    let options = BackupOptions { checkpoint, max_rate: args.max_rate, ..BackupOptions::default() };
+    let parent = match args.parent {
+        _ if args.full => ParentChoice::Full,
+        Some(label) => ParentChoice::Label(label),
+        None => ParentChoice::Newest,
+    };
+    let options = BackupOptions { checkpoint, max_rate: args.max_rate, parent, ..BackupOptions::default() };
+    let files_from = match &args.from {
+        Some(text) => text.parse().map_err(|error| CliError::usage(anyhow::Error::new(error)).context("--from"))?,
+        None => job.source.conninfo.clone(),
+    };
+    let source = BackupSource { conninfo: files_from, connect: job.source.connect.clone() };
     let watched = watch::Sender::new(BackupProgress::default());
     let bar = context.output.progress("backup", None);
     let manifest = {
-        let taken = take_while_archiving(&job, &repository, &options, &watched, stop.clone());
+        let taken = take_while_archiving(&job, &source, &repository, &options, &watched, stop.clone());
         let mut shown = watched.subscribe();
         let draw = async {
             loop {
@@ -117,7 +139,8 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
         copies.clear();
     }
     let mut exit = if info.flagged.is_some() { Exit::No } else { Exit::Done };
-    let mut lines = vec![text(info, took)];
+    let cost = Cost::of(&manifest, watched.borrow().counts);
+    let mut lines = vec![text(info, took), cost.text()];
     for copy in &copies {
         let (name, label) = (&copy.repository, info.label);
         lines.push(match &copy.why {
@@ -128,7 +151,7 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
         });
         exit = exit.max(copy.exit);
     }
-    context.output.result(&Taken { backup: info, repository: &place, copies: &copies }, lines.join("\n"));
+    context.output.result(&Taken { backup: info, cost, repository: &place, copies: &copies }, lines.join("\n"));
     Ok(exit)
 }
 
@@ -137,10 +160,59 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
 struct Taken<'a> {
     #[serde(flatten)]
     backup: &'a BackupInfo,
+    cost: Cost,
     /// Where it was taken into.
     repository: &'a str,
     /// The cluster's other repositories.
     copies: &'a [CopyOf],
+}
+
+/// What was read, and what became of it. In bytes.
+#[derive(Debug, Serialize)]
+struct Cost {
+    /// The backup that it was compared with.
+    parent: Option<BackupLabel>,
+    /// Of files.
+    read: u64,
+    /// Not in the parent.
+    new: u64,
+    /// In the parent, in packs that are to become empty: stored again.
+    again: u64,
+    /// In the parent, and not stored.
+    referenced: u64,
+    /// Blocks of zeros, of which nothing is stored.
+    zeros: u64,
+    /// Sealed objects that were put.
+    stored: u64,
+    /// Bytes read for each byte stored.
+    ratio: f64,
+}
+
+impl Cost {
+    fn of(manifest: &Manifest, counts: Counts) -> Cost {
+        let Counts { new, again, referenced } = counts;
+        let (read, stored) = (manifest.backup.bytes, manifest.backup.stored_bytes);
+        let zeros = read.saturating_sub(new + again + referenced);
+        let ratio = read as f64 / stored.max(1) as f64;
+        Cost { parent: manifest.parents.first().copied(), read, new, again, referenced, zeros, stored, ratio }
+    }
+
+    fn text(&self) -> String {
+        let Cost { parent, read, new, again, referenced, zeros, stored, ratio } = self;
+        let of = parent.map(|parent| format!(" of {parent}")).unwrap_or_default();
+        let again = match again {
+            0 => String::new(),
+            again => format!(", {} stored again so that old packs become empty", bytes(*again)),
+        };
+        format!(
+            "read {}: {} new, {} referenced{of}{again}, {} zeros; stored {}, 1 byte of {ratio:.1}",
+            bytes(*read),
+            bytes(*new),
+            bytes(*referenced),
+            bytes(*zeros),
+            bytes(*stored),
+        )
+    }
 }
 
 /// Whether the backup is in another repository of the cluster.
@@ -253,6 +325,7 @@ pub(super) async fn note_names(
 /// Takes the backup while WAL is archived beside it: by us, unless another pgkeep holds the slot, which then does it.
 async fn take_while_archiving(
     job: &Job,
+    files: &BackupSource,
     repository: &Repository,
     options: &BackupOptions,
     progress: &watch::Sender<BackupProgress>,
@@ -278,8 +351,7 @@ async fn take_while_archiving(
         if !connected {
             std::future::pending::<()>().await; // the archiver ended: why, is told below
         }
-        let source = BackupSource { conninfo: job.source.conninfo.clone(), connect: job.source.connect.clone() };
-        backup(&source, repository, &job.cluster, options, progress, stop.clone()).await
+        backup(files, repository, &job.cluster, options, progress, stop.clone()).await
     };
     tokio::select! {
         biased;
@@ -306,6 +378,8 @@ pub(super) fn backup_error(error: BackupError) -> CliError {
         BackupError::Server(error) => open::server_error(error),
         BackupError::Repository(error) => open::repository_error(error),
         error if error.is_refusal() => CliError::refused(error),
+        BackupError::NoParent { .. } => CliError::usage(error),
+        BackupError::ParentUnreadable { .. } => CliError::no(error),
         error => CliError::failed(error),
     }
 }

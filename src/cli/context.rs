@@ -2,6 +2,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use super::args::Global;
+use super::logging::Collected;
 use super::output::Output;
 use crate::cli::CliError;
 use crate::config::{self, Config};
@@ -13,13 +14,15 @@ pub struct Context {
     pub global: Global,
     /// Where results and progress go.
     pub output: Output,
+    /// What a helper logs, until a hook takes it to its own stderr.
+    pub log: Collected,
     config: OnceLock<Arc<Config>>,
 }
 
 impl Context {
     pub(super) fn new(global: Global) -> Context {
         let output = Output::new(global.json, global.quiet);
-        Context { global, output, config: OnceLock::new() }
+        Context { global, output, log: Collected::default(), config: OnceLock::new() }
     }
 
     /// The configuration, read at the first call: `init` and `demo` work without one.

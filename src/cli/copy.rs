@@ -263,7 +263,11 @@ impl Work<'_> {
                     backups += 1;
                 }
                 Step::Segment { .. } | Step::Open { .. } => wal += 1,
-                Step::History { .. } | Step::Gap { .. } | Step::File { .. } => others += 1,
+                Step::History { .. }
+                | Step::Gap { .. }
+                | Step::File { .. }
+                | Step::Index { .. }
+                | Step::Names { .. } => others += 1,
             }
         }
         context.output.line(format!(

@@ -12,6 +12,7 @@ use super::output::{self, Align, Table};
 use super::several::{Away, open_all};
 use super::standing::{Standing, lags, missing};
 use super::{CliError, Context, Exit, open};
+use crate::catalog::backups::Sharing;
 use crate::catalog::inventory::{BranchInventory, ClusterInventory, DamagedObject, Hole};
 use crate::catalog::records::{BackupInfo, GapReason};
 use crate::catalog::{CatalogError, Repository};
@@ -25,6 +26,7 @@ const LOOK_BACK: usize = 4;
 /// `pgkeep list`: clusters, base backups, WAL per timeline, and the newest instant that can be restored.
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
+Of each base backup: Stored is what it added to the repository, Frees what deleting it would give back now, Shares what it uses together with others.
 With --gaps: what is missing of the WAL behind the oldest base backup, on every branch, and why.
 
 Example:
@@ -206,6 +208,10 @@ struct BackupLine {
     server_version: u32,
     bytes: u64,
     stored_bytes: u64,
+    /// What deleting it would free: bytes of objects that no other base backup names. `null` if its manifest does not open.
+    frees: Option<u64>,
+    /// Bytes of objects that it shares with others.
+    shares: Option<u64>,
     files: u64,
     /// All the WAL that makes it consistent is there.
     usable: bool,
@@ -281,6 +287,7 @@ async fn summary(
         _ => None,
     };
     standing.as_of = standing.as_of.max(newest);
+    let sharing = sharing(repository, inventory).await?;
     Ok(Cluster {
         repository: repository.name().to_owned(),
         cluster: inventory.id.name.to_string(),
@@ -291,7 +298,7 @@ async fn summary(
         frontier_time: standing.as_of,
         behind: None,
         restorable,
-        backups: inventory.backups.iter().map(|backup| backup_line(inventory, backup)).collect(),
+        backups: inventory.backups.iter().map(|backup| backup_line(inventory, backup, &sharing)).collect(),
         unfinished_backups: inventory.unfinished_backups.clone(),
         branches,
         gaps: inventory
@@ -327,7 +334,23 @@ fn branch_line(branch: &BranchInventory, size: Option<SegmentSize>) -> BranchLin
     }
 }
 
-fn backup_line(inventory: &ClusterInventory, backup: &BackupInfo) -> BackupLine {
+/// What the base backups share, by their manifests.
+async fn sharing(repository: &Repository, inventory: &ClusterInventory) -> Result<Sharing, CatalogError> {
+    let mut sharing = Sharing::new();
+    for backup in &inventory.backups {
+        match repository.get_manifest(&inventory.id, backup.label).await {
+            Ok(manifest) => sharing.add(&manifest),
+            Err(error) if error.is_damage() || error.is_not_found() => {
+                tracing::warn!(label = %backup.label, %error, "what this base backup shares is not known");
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(sharing)
+}
+
+fn backup_line(inventory: &ClusterInventory, backup: &BackupInfo, sharing: &Sharing) -> BackupLine {
+    let share = sharing.of(backup.label);
     BackupLine {
         label: backup.label,
         branch: backup.branch,
@@ -338,6 +361,8 @@ fn backup_line(inventory: &ClusterInventory, backup: &BackupInfo) -> BackupLine 
         server_version: backup.server_version,
         bytes: backup.bytes,
         stored_bytes: backup.stored_bytes,
+        frees: share.map(|share| share.alone),
+        shares: share.map(|share| share.shared),
         files: backup.files,
         usable: is_usable(inventory, backup),
         flagged: backup.flagged.clone(),
@@ -473,6 +498,8 @@ fn show(context: &Context, cluster: &Cluster) {
             ("Took", Align::Right),
             ("Size", Align::Right),
             ("Stored", Align::Right),
+            ("Frees", Align::Right),
+            ("Shares", Align::Right),
             ("Stop", Align::Left),
             ("", Align::Left),
         ]);
@@ -489,6 +516,8 @@ fn show(context: &Context, cluster: &Cluster) {
                 output::duration(took.try_into().unwrap_or_default()),
                 output::bytes(backup.bytes),
                 output::bytes(backup.stored_bytes),
+                backup.frees.map_or_else(|| "?".to_owned(), output::bytes),
+                backup.shares.map_or_else(|| "?".to_owned(), output::bytes),
                 backup.stop.to_string(),
                 remark,
             ]);

@@ -1,5 +1,5 @@
-//! `pgkeep log`: which transactions there were, what they did, and how to stop just before one. Changes nothing, needs no
-//! server.
+//! `pgkeep log`: which transactions and restore points there were, what they did, and how to stop just before or at one.
+//! Changes nothing, needs no server.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -11,13 +11,13 @@ use super::output::{bytes, count, time_in};
 use super::several::{Away, none_answers, open_all};
 use super::{CliError, Context, Exit, open};
 use crate::catalog::Repository;
-use crate::catalog::index::{Found, Logged, Query};
+use crate::catalog::index::{Found, Logged, Passed, Query};
 use crate::catalog::inventory::ClusterInventory;
 use crate::catalog::relations::{Called, Names};
-use crate::plan::{Point, Target, TargetReading, target};
+use crate::plan::{Point, Target, TargetReading, TimelineChoice, target};
 use crate::restore::{RestoreError, find_cluster};
 use crate::types::{Branch, ClusterId, Lsn, PgTimestamp};
-use crate::wal::{Changes, Kinds, RelFile, Touched, marks};
+use crate::wal::{Changes, Kinds, LandmarkKind, Parameters, RelFile, Touched, WalLevel, marks};
 
 /// `pgkeep log`: which transactions there were, what they did, and how to stop just before one.
 #[derive(Debug, Clone, clap::Args)]
@@ -26,11 +26,15 @@ Each transaction is shown with the argument of `pgkeep restore` and `pgkeep plan
 those that were noted with a base backup; what was created since, or is not known, is shown by its numbers \
 (tablespace/database/file). What it was: drop, truncate, rewrite, create, ddl, insert, update, delete, aborted.
 
-Exit code 1: no transaction is what was asked for.
+Restore points (kind restore-point) and changes of the settings that a restored server must not have lower (kind \
+parameters) stand between them, unless --xid or --relation is given.
+
+Exit code 1: nothing is what was asked for.
 
 Example:
   pgkeep log --around '2026-11-20 10:00+01:00'
   pgkeep log --relation public.orders --kind drop,truncate,ddl
+  pgkeep log --kind restore-point --timeline 2
   pgkeep log --xid 4711")]
 pub struct Args {
     /// The transactions that ended nearest to this time
@@ -60,9 +64,10 @@ pub struct Args {
     /// So many at most: the earliest where --from is given, the nearest to --around, else the newest
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub limit: u32,
-    /// On the way to this branch (`00000002`) [default: the newest timeline]
-    #[arg(long, value_name = "BRANCH")]
-    pub branch: Option<Branch>,
+    /// On the way to this timeline: its number (`2`), exactly this branch (`00000002`, `00000002.1`), `latest`, or `current`, the
+    /// one of the newest base backup
+    #[arg(long, value_name = "TIMELINE", default_value = "latest")]
+    pub timeline: TimelineChoice,
 }
 
 fn kind(text: &str) -> Result<Kinds, String> {
@@ -77,6 +82,8 @@ struct Document<'a> {
     cluster: String,
     branch: Branch,
     transactions: Vec<Transaction>,
+    restore_points: Vec<RestorePoint>,
+    parameter_changes: Vec<ParameterChange>,
     /// There are more than `--limit`.
     more: bool,
     /// WAL on the way that has an index; bytes of index and of WAL that were read.
@@ -111,6 +118,28 @@ struct Transaction {
     stop_before: Option<Lsn>,
     /// The same as it is typed.
     restore_arguments: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct RestorePoint {
+    name: String,
+    time: Timestamp,
+    lsn: Lsn,
+    branch: Branch,
+    /// What stops at it, whatever else has its name.
+    restore_arguments: String,
+}
+
+/// The settings from a position on that a restored server must not have lower.
+#[derive(Debug, Serialize)]
+struct ParameterChange {
+    /// Of the transaction that ended before it, if that is known: the record has none.
+    time_of_transaction_before: Option<Timestamp>,
+    lsn: Lsn,
+    branch: Branch,
+    parameters: Parameters,
+    /// What stops just before it.
+    restore_arguments: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -151,6 +180,8 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
         xid: args.xid,
         touched: None,
         kinds,
+        name: None,
+        index_only: false,
         aborted: args.aborted || args.xid.is_some() || kinds.is_some_and(|kinds| kinds.meets(Kinds::ABORTED)),
         limit: usize::try_from(args.limit).unwrap_or(usize::MAX),
     };
@@ -159,25 +190,32 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
     if !args.relation.is_empty() {
         query.touched = Some(touched(&args.relation, &names)?);
     }
-    let tip = match args.branch {
-        Some(branch) if place.inventory.branches.contains_key(&branch) => branch,
-        Some(branch) => {
-            let known: Vec<String> = place.inventory.branches.keys().map(Branch::to_string).collect();
-            let error = anyhow::anyhow!("there is no WAL of branch {branch}");
-            return Err(CliError::usage(error).hint(format!("there is WAL of {}", known.join(", "))));
-        }
-        None => newest(&place.inventory)?,
-    };
+    let tip = tip(&place.inventory, args.timeline)?;
     let found = place.repository.search_log(&place.inventory, tip, &query).await.map_err(open::repository_error)?;
     for logged in found.transactions.iter().filter(|logged| !logged.kinds.meets(Kinds::ABORTED)) {
         let at = logged.part.end.as_ref().map_or(logged.part.first, |end| end.start);
         let gone = logged.part.touched.iter().filter(|(_, changes)| changes.is(marks::DROPPED));
         gone.for_each(|(what, _)| names.dropped(*what, at));
     }
-    let chosen = args.branch;
+    let timeline = match args.timeline {
+        TimelineChoice::Latest => String::new(), // what `restore` follows by itself
+        _ => format!(" --timeline {tip}"),
+    };
     let transactions: Vec<Transaction> =
-        found.transactions.iter().map(|logged| transaction(logged, &names, chosen)).collect();
-    show(context, &place, &found, &transactions, &zone, !names.is_empty());
+        found.transactions.iter().map(|logged| transaction(logged, &names, &timeline)).collect();
+    let (restore_points, parameter_changes) = landmarks(&found.landmarks, &timeline);
+    if !context.output.is_json() {
+        let mut entries: Vec<(Lsn, Vec<String>)> = Vec::new();
+        for (shown, logged) in transactions.iter().zip(&found.transactions) {
+            entries.push((shown.lsn.unwrap_or_default(), transaction_lines(shown, logged, &zone)));
+        }
+        entries.extend(restore_points.iter().map(|point| (point.lsn, restore_point_lines(point, &zone))));
+        entries.extend(parameter_changes.iter().map(|change| (change.lsn, parameter_lines(change))));
+        entries.sort_by_key(|(lsn, _)| *lsn);
+        entries.iter().flat_map(|(_, lines)| lines).for_each(|line| context.output.line(line));
+        notes(context, &place, &found, entries.is_empty(), !names.is_empty());
+    }
+    let is_empty = found.transactions.is_empty() && found.landmarks.is_empty();
     context.output.document(&Document {
         repository: place.repository.name(),
         cluster: place.inventory.id.to_string(),
@@ -189,8 +227,31 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
         remarks: &found.remarks,
         away: &place.away,
         transactions,
+        restore_points,
+        parameter_changes,
     });
-    Ok(if found.transactions.is_empty() { Exit::No } else { Exit::Done })
+    Ok(if is_empty { Exit::No } else { Exit::Done })
+}
+
+/// The branch whose way is searched.
+fn tip(inventory: &ClusterInventory, choice: TimelineChoice) -> Result<Branch, CliError> {
+    let branch = match choice {
+        TimelineChoice::Latest => return newest(inventory),
+        TimelineChoice::Current => match inventory.backups.last() {
+            Some(newest) => newest.branch,
+            None => {
+                return Err(CliError::new(Exit::No, anyhow::anyhow!("there is no base backup of this cluster yet")));
+            }
+        },
+        TimelineChoice::Number(timeline) => Branch::first(timeline),
+        TimelineChoice::Branch(branch) => branch,
+    };
+    if inventory.branches.contains_key(&branch) {
+        return Ok(branch);
+    }
+    let known: Vec<String> = inventory.branches.keys().map(Branch::to_string).collect();
+    let error = anyhow::anyhow!("there is no WAL of branch {branch}");
+    Err(CliError::usage(error).hint(format!("there is WAL of {}", known.join(", "))))
 }
 
 /// Where the transactions are sought.
@@ -267,7 +328,59 @@ fn number(what: &Touched) -> String {
     }
 }
 
-fn transaction(logged: &Logged, names: &Names, branch: Option<Branch>) -> Transaction {
+/// `timeline`: what is said besides, to follow the same way.
+fn landmarks(found: &[Passed], timeline: &str) -> (Vec<RestorePoint>, Vec<ParameterChange>) {
+    let (mut restore_points, mut parameter_changes) = (Vec::new(), Vec::new());
+    for Passed { landmark, branch, time } in found {
+        let (lsn, branch) = (landmark.start, *branch);
+        match &landmark.what {
+            LandmarkKind::RestorePoint { name, time } => restore_points.push(RestorePoint {
+                name: name.clone(),
+                time: time.to_timestamp(),
+                lsn,
+                branch,
+                restore_arguments: format!("--to {lsn}{timeline}"),
+            }),
+            LandmarkKind::Parameters(parameters) => parameter_changes.push(ParameterChange {
+                time_of_transaction_before: time.map(PgTimestamp::to_timestamp),
+                lsn,
+                branch,
+                parameters: *parameters,
+                restore_arguments: format!("--to {lsn} --exclusive{timeline}"),
+            }),
+        }
+    }
+    (restore_points, parameter_changes)
+}
+
+fn restore_point_lines(point: &RestorePoint, zone: &TimeZone) -> Vec<String> {
+    let time = time_in(point.time, zone);
+    vec![
+        format!("{time}  {}  restore point {:?}", point.lsn, point.name),
+        format!("    just after it: {}", point.restore_arguments),
+    ]
+}
+
+fn parameter_lines(change: &ParameterChange) -> Vec<String> {
+    let p = &change.parameters;
+    let level = match p.wal_level {
+        WalLevel::Minimal => "minimal",
+        WalLevel::Replica => "replica",
+        WalLevel::Logical => "logical",
+    };
+    vec![
+        format!("{}  parameters: wal_level = {level}, max_connections = {}", change.lsn, p.max_connections),
+        format!(
+            "    max_worker_processes = {}, max_wal_senders = {}, max_prepared_transactions = {}, \
+             max_locks_per_transaction = {}",
+            p.max_worker_processes, p.max_wal_senders, p.max_prepared_transactions, p.max_locks_per_transaction
+        ),
+        format!("    just before it: {}", change.restore_arguments),
+    ]
+}
+
+/// `timeline`: as for [`landmarks`].
+fn transaction(logged: &Logged, names: &Names, timeline: &str) -> Transaction {
     let part = &logged.part;
     let end = part.end.as_ref();
     let at = end.map_or(part.first, |end| end.start);
@@ -300,10 +413,7 @@ fn transaction(logged: &Logged, names: &Names, branch: Option<Branch>) -> Transa
         others: part.others,
         incomplete: part.incomplete || logged.reaches_back || part.others > 0,
         stop_before,
-        restore_arguments: stop_before.map(|lsn| {
-            let timeline = branch.map(|branch| format!(" --timeline {branch}")).unwrap_or_default();
-            format!("--to {lsn} --exclusive{timeline}")
-        }),
+        restore_arguments: stop_before.map(|lsn| format!("--to {lsn} --exclusive{timeline}")),
     }
 }
 
@@ -351,37 +461,28 @@ fn words(changes: &Changes, kinds: Kinds) -> String {
     words.join(", ")
 }
 
-fn show(
-    context: &Context,
-    place: &Place,
-    found: &Found,
-    transactions: &[Transaction],
-    zone: &TimeZone,
-    names_known: bool,
-) {
-    if context.output.is_json() {
-        return;
+fn transaction_lines(shown: &Transaction, logged: &Logged, zone: &TimeZone) -> Vec<String> {
+    let time = shown.time.map(|time| time_in(time, zone)).unwrap_or_default();
+    let what = if shown.kinds.is_empty() { "no rows".to_owned() } else { shown.kinds.join(", ") };
+    let lsn = shown.lsn.unwrap_or_default();
+    let mut lines = vec![format!("{time}  {lsn}  xid {}  {}  {what}", shown.xid, bytes(shown.bytes))];
+    lines.extend(relation_lines(shown, logged.kinds).into_iter().map(|line| format!("    {line}")));
+    if shown.others > 0 {
+        lines.push(format!("    and {} to other relations", count(shown.others, "change")));
     }
-    for (shown, logged) in transactions.iter().zip(&found.transactions) {
-        let time = shown.time.map(|time| time_in(time, zone)).unwrap_or_default();
-        let what = if shown.kinds.is_empty() { "no rows".to_owned() } else { shown.kinds.join(", ") };
-        let lsn = shown.lsn.unwrap_or_default();
-        context.output.line(format!("{time}  {lsn}  xid {}  {}  {what}", shown.xid, bytes(shown.bytes)));
-        for line in relation_lines(shown, logged.kinds) {
-            context.output.line(format!("    {line}"));
-        }
-        if shown.others > 0 {
-            context.output.line(format!("    and {} to other relations", count(shown.others, "change")));
-        }
-        if logged.reaches_back || logged.part.incomplete {
-            context.output.line("    it did more before, which is not counted here");
-        }
-        if let Some(arguments) = &shown.restore_arguments {
-            context.output.line(format!("    just before it: {arguments}"));
-        }
+    if logged.reaches_back || logged.part.incomplete {
+        lines.push("    it did more before, which is not counted here".to_owned());
     }
-    match (transactions.is_empty(), found.more) {
-        (true, _) => context.output.line("No transaction is what was asked for."),
+    if let Some(arguments) = &shown.restore_arguments {
+        lines.push(format!("    just before it: {arguments}"));
+    }
+    lines
+}
+
+/// What has to be said about the answer as a whole.
+fn notes(context: &Context, place: &Place, found: &Found, is_empty: bool, names_known: bool) {
+    match (is_empty, found.more) {
+        (true, _) => context.output.line("Nothing is what was asked for."),
         (_, true) => context.output.note("There are more: --limit shows more of them."),
         (_, false) => {}
     }
@@ -391,7 +492,7 @@ fn show(
     for away in &place.away {
         context.output.note(format!("Repository {} is left out: {}", away.repository, away.why));
     }
-    if !names_known {
+    if !names_known && !found.transactions.is_empty() {
         context.output.note("No names of relations were noted yet: `pgkeep backup` does it.");
     }
     if found.wal_read > found.indexed / 8 + (1 << 30) {

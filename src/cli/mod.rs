@@ -48,8 +48,19 @@ pub use signal::stop_on_signal;
 /// The whole program: everything between the arguments and the exit code.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
+    // Most calls of a hook end here, before anything is set up.
+    if let Some(code) = wal::quick::push(&args).or_else(|| wal::ahead::quick(&args)) {
+        return ExitCode::from(code);
+    }
     match Cli::try_parse_from(&args) {
-        Ok(cli) => ExitCode::from(exit_code(hook_of(&cli.command), AssertUnwindSafe(|| run_command(cli)))),
+        Ok(cli) => {
+            let hook = hook_of(&cli.command);
+            let code = exit_code(hook, AssertUnwindSafe(|| run_command(cli)));
+            if hook == Some(Hook::Fetch) {
+                wal::ahead::after(&args, code);
+            }
+            ExitCode::from(code)
+        }
         Err(answer) => {
             ExitCode::from(exit_code(Hook::meant_by(&args), AssertUnwindSafe(|| not_parsed(&answer, &args))))
         }
@@ -80,7 +91,7 @@ pub fn command() -> clap::Command {
 
 fn run_command(cli: Cli) -> Exit {
     let context = Context::new(cli.global);
-    logging::start(&context, matches!(cli.command, Command::Run(_)));
+    logging::start(&context, &cli.command);
     let result = runtime(&cli.command).and_then(|runtime| {
         let result = runtime.block_on(dispatch(&context, cli.command));
         // Blocking work that is left (a read that hangs) must not hold the exit.

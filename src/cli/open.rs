@@ -159,7 +159,8 @@ async fn receivers(config: &Config, cluster: &ClusterConfig) -> Result<Receivers
     {
         return Err(error);
     }
-    Ok(Receivers::new(openers, cluster.acknowledge))
+    let receivers = Receivers::new(openers, cluster.acknowledge);
+    Ok(if cluster.index { receivers } else { receivers.without_index() })
 }
 
 /// The server of a cluster.

@@ -13,7 +13,7 @@ use crate::catalog::Repository;
 use crate::catalog::inventory::ClusterInventory;
 use crate::plan::choose::{self, Candidate, Offer};
 use crate::plan::{Options, PlanError, RestorePlan, Target, TargetReading, explain, target};
-use crate::restore::{Resolved, RestoreError, WalRead, find_cluster, other_history, resolve_in};
+use crate::restore::{Resolved, RestoreError, WalRead, find_cluster, measure, other_history, resolve_in};
 use crate::types::ClusterId;
 
 /// `pgkeep plan`: whether and how a target can be reached. Changes nothing, needs no server.
@@ -21,6 +21,9 @@ use crate::types::ClusterId;
 #[command(after_help = "\
 Exit code 0: `pgkeep restore` with the same words reaches it. 1: it cannot be reached; the answer says why, and which \
 are the nearest instants that can. 3: no, but a repository is away that may reach it.
+
+A yes is a proof: all WAL from the base backup to the target is read and checked, and every object of the base backup \
+is opened as far as its footer. The time that is named is an estimate.
 
 Without --repository all repositories of the cluster are asked, and the cheapest that reaches the target is named: a \
 local one before others, then the one that has to read least.
@@ -41,11 +44,22 @@ const QUIET_FOR: Duration = Duration::from_secs(2);
 pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
     let asked = Asked::of(context, &args.target).await?;
     match asked.resolve(context).await? {
-        Ok(found) => {
+        Ok(mut found) => {
+            found.measure().await;
             asked.show_plan(context, &found);
             Ok(Exit::Done)
         }
         Err(no) => Ok(asked.refuse(context, &no)),
+    }
+}
+
+impl Found<'_> {
+    /// Adds an estimate to the plan, by what a small read of the repository shows.
+    async fn measure(&mut self) {
+        let Resolved { plan, manifest } = &mut self.resolved;
+        let sample = measure(self.repository, &plan.cluster, manifest).await;
+        let sample = sample.inspect_err(|error| tracing::debug!(%error, "the repository's speed was not measured"));
+        plan.knows_speed(sample.ok());
     }
 }
 

@@ -7,12 +7,15 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::args::TargetArgs;
-use super::output::{bytes, count, duration};
+use super::output::{bytes, bytes_per_second, count, duration};
 use super::plan::{Asked, Found, Origin, restore_error};
 use super::{CliError, Context, Exit};
 use crate::catalog::Repository;
+use crate::catalog::relations::Names;
 use crate::plan::RestorePlan;
-use crate::restore::{self, FetchCommand, Moved, Sources, place};
+use crate::restore::databases::Only;
+use crate::restore::spent::Times;
+use crate::restore::{self, FetchCommand, Moved, Restored, Sources, delta, place};
 
 /// `pgkeep restore`: a cluster as of a target, in a directory.
 #[derive(Debug, Clone, clap::Args)]
@@ -21,15 +24,21 @@ Writes the base backup and the settings of recovery; `pg_ctl start` then replays
 cannot be reached is refused before the first byte is written; so is a directory that is not empty. Where several \
 repositories hold the cluster, one that fails in the middle is replaced by the next.
 
+With --delta the directory may hold an old state of the same cluster, or a restore that was stopped: only blocks that \
+differ are fetched, and what the backup does not have is removed. A directory on which a server runs is refused, and so \
+is one of another cluster.
+
 Example:
   pgkeep restore --to latest --pgdata /srv/restored
   pgkeep restore --to 'name:before-upgrade' --pgdata /srv/restored --action promote \\
-      --tablespace /ssd/old=/ssd/restored")]
+      --tablespace /ssd/old=/ssd/restored
+  pgkeep restore --to '10 minutes ago' --pgdata /var/lib/postgresql/15/main --delta
+  pgkeep restore --to latest --pgdata /srv/dump-from --database shop")]
 pub struct Args {
     /// The target and how it is meant
     #[command(flatten)]
     pub target: TargetArgs,
-    /// The data directory to write: empty or not there yet
+    /// The data directory to write: empty or not there yet; with --delta also an old state of the cluster
     #[arg(long, value_name = "DIR")]
     pub pgdata: PathBuf,
     /// Put the tablespace that was at OLD (its directory or its oid) to NEW; once for each tablespace
@@ -38,6 +47,13 @@ pub struct Args {
     /// What the server does at the target: pause (look, then `select pg_wal_replay_resume()`), promote or shutdown
     #[arg(long, value_enum, default_value_t = Action::Pause)]
     pub action: Action,
+    /// Bring up what is there: fetch and write only blocks that differ, empty pg_wal, remove what the backup does not have
+    #[arg(long)]
+    pub delta: bool,
+    /// Restore only this database (its name or OID) and what every cluster has, the others as empty files: to dump it
+    /// from there, never to go on with; may be said several times
+    #[arg(long, value_name = "NAME")]
+    pub database: Vec<String>,
     /// Say what would be done, and do nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -54,9 +70,15 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
     let (resolved, plan) = (&found.resolved, &found.resolved.plan);
     asked.explain(context, &found);
     let moved: Vec<Moved> = args.tablespace.into_iter().map(|Tablespace { old, new }| Moved { old, new }).collect();
-    let destination = place::look(&args.pgdata, &moved, &plan.base).map_err(restore_error)?;
+    let look = if args.delta { delta::look } else { place::look };
+    let mut destination = look(&args.pgdata, &moved, &plan.base).map_err(restore_error)?;
     let command = restore_command(context, &asked, found.repository, plan)?;
     let sources = sources(context, &asked, &found).await?;
+    if !args.database.is_empty() {
+        let only = databases(&asked, &found, &sources, &args.database).await?;
+        destination.notes.push(only.note.clone());
+        destination.only = Some(only);
+    }
     output.line(format!("into      {}", destination.pgdata.display()));
     destination.notes.iter().for_each(|note| output.line(format!("note      {note}")));
     let mut answer = Answer {
@@ -65,45 +87,81 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
         pgdata: &destination.pgdata,
         plan,
         restore_command: &command,
+        delta: destination.delta,
         notes: destination.notes.clone(),
         files: plan.base.files,
         bytes: plan.base.bytes,
+        equal_bytes: 0,
+        fetched_bytes: 0,
+        removed: 0,
         seconds: 0.0,
+        spent: Spent::default(),
     };
     if args.dry_run {
         output.result(&answer, "Nothing was written (--dry-run).");
         return Ok(Exit::Done);
     }
-    let progress = output.progress("restoring", Some(plan.base.bytes));
+    // What is in the packs; where it is compared, all there is; of some databases, theirs.
+    let live = resolved.manifest.packs.iter().map(|pack| pack.live).sum();
+    let total = if destination.delta { plan.base.bytes } else { live };
+    let total = destination.only.as_ref().map_or(total, |only| only.bytes);
+    let progress = output.progress("restoring", Some(total));
     let action = match args.action {
         Action::Pause => restore::Action::Pause,
         Action::Promote => restore::Action::Promote,
         Action::Shutdown => restore::Action::Shutdown,
     };
     let since = Instant::now();
-    let add = |written: u64| progress.add(written);
+    let files = count(plan.base.files, "file");
+    let add = |written: u64| {
+        progress.message(format!("{} of {files}", sources.spent().files()));
+        progress.add(written);
+    };
     let restored = restore::restore(&sources, resolved, &destination, action, &command, &add).await;
     let restored = restored.map_err(|error| {
         let unfinished = destination.pgdata.join(restore::UNFINISHED).exists();
         let error = restore_error(error);
-        let hint =
-            format!("{} is not finished and cannot be started; empty it and try again", destination.pgdata.display());
+        let hint = format!(
+            "{} is not finished and cannot be started; finish it with the same command and --delta, or empty it",
+            destination.pgdata.display()
+        );
         if unfinished { error.hint(hint) } else { error }
     })?;
     progress.finish();
     restored.notes.iter().for_each(|note| output.line(format!("note      {note}")));
+    let took = since.elapsed();
+    let Restored { files, bytes: size, equal, fetched, removed, times, notes, .. } = restored;
     answer.restored = true;
-    answer.notes.extend(restored.notes);
-    answer.seconds = since.elapsed().as_secs_f64();
-    let text = format!(
-        "Restored {} in {} ({}). The server recovers to the target when it is started: pg_ctl -D {} start",
-        bytes(restored.bytes),
-        count(restored.files, "file"),
-        duration(since.elapsed()),
+    answer.notes.extend(notes);
+    (answer.equal_bytes, answer.fetched_bytes, answer.removed) = (equal, fetched, removed);
+    (answer.seconds, answer.spent) = (took.as_secs_f64(), Spent::from(times));
+    output.line(format!("time      {}", spent(&times, destination.delta)));
+    let mut text = format!("Restored {} in {} ({}, {})", bytes(size), count(files, "file"), duration(took), {
+        bytes_per_second(equal + fetched, took)
+    });
+    if destination.delta {
+        let removed = count(removed, "stranger");
+        text.push_str(&format!(": {} were equal, {} fetched, {removed} removed", bytes(equal), bytes(fetched)));
+    }
+    text.push_str(&format!(
+        ". The server recovers to the target when it is started: pg_ctl -D {} start",
         destination.pgdata.display()
-    );
+    ));
     output.result(&answer, text);
     Ok(Exit::Done)
+}
+
+/// Where the time went. Several work at the same time, so together it is more than what passed.
+fn spent(times: &Times, delta: bool) -> String {
+    let compare = if delta { format!(", comparing {}", duration(times.compare)) } else { String::new() };
+    format!(
+        "of all workers: tables {}{compare}, fetching {}, opening {}, writing {}, syncing {}",
+        duration(times.table),
+        duration(times.fetch),
+        duration(times.open),
+        duration(times.write),
+        duration(times.sync),
+    )
 }
 
 /// What `--json` says.
@@ -115,10 +173,59 @@ struct Answer<'a> {
     pgdata: &'a std::path::Path,
     plan: &'a RestorePlan,
     restore_command: &'a str,
+    /// What was there was brought up to the backup.
+    delta: bool,
     notes: Vec<String>,
     files: u64,
     bytes: u64,
+    /// Found to be there already.
+    equal_bytes: u64,
+    fetched_bytes: u64,
+    /// Files, links and directories that the backup does not have.
+    removed: u64,
     seconds: f64,
+    spent: Spent,
+}
+
+/// Seconds by what they were spent on, of all workers together.
+#[derive(Default, Serialize)]
+struct Spent {
+    table: f64,
+    compare: f64,
+    fetch: f64,
+    open: f64,
+    write: f64,
+    sync: f64,
+}
+
+impl From<Times> for Spent {
+    fn from(times: Times) -> Spent {
+        Spent {
+            table: times.table.as_secs_f64(),
+            compare: times.compare.as_secs_f64(),
+            fetch: times.fetch.as_secs_f64(),
+            open: times.open.as_secs_f64(),
+            write: times.write.as_secs_f64(),
+            sync: times.sync.as_secs_f64(),
+        }
+    }
+}
+
+/// The databases that were asked for, among those that the backup has.
+async fn databases(
+    asked: &Asked,
+    found: &Found<'_>,
+    sources: &Sources,
+    databases: &[String],
+) -> Result<Only, CliError> {
+    let names = match found.repository.relation_names(&asked.cluster).await {
+        Ok(names) => names,
+        Err(error) => {
+            tracing::warn!("the names of databases cannot be read, their OIDs will do: {error}");
+            Names::default()
+        }
+    };
+    restore::databases::find(sources, &found.resolved.manifest, &names, databases).await.map_err(restore_error)
 }
 
 /// Where the base backup is read from: the chosen repository, and those that have the same one, to take over.

@@ -14,8 +14,8 @@ use crate::daemon::mend::mend;
 /// `pgkeep run`: the daemon. Archives the WAL of all clusters until a signal.
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
-Streams until SIGTERM or SIGINT, then seals what it has and exits. Where WAL was lost, or another history begins, it takes \
-a base backup by itself. It keeps no state of its own: stopped or killed at \
+Streams until SIGTERM or SIGINT, then seals what it has and exits. Where WAL was lost or came damaged, or another history \
+begins, it takes a base backup by itself. It keeps no state of its own: stopped or killed at \
 any moment, it goes on where the repository ends. With --cluster it serves that cluster alone.
 
 Example:

@@ -5,6 +5,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use super::output;
+use crate::archive::ServedPath;
 use crate::catalog::inventory::{ClusterInventory, Hole};
 use crate::catalog::{CatalogError, Repository};
 use crate::plan::holes;
@@ -62,6 +63,20 @@ impl Standing {
     /// From a picture of the repository.
     pub fn of(repository: &str, inventory: &ClusterInventory) -> Standing {
         let newest = inventory.branches.keys().rev().find_map(|branch| Some((*branch, inventory.frontier(*branch)?)));
+        Standing::at(repository, inventory, newest)
+    }
+
+    /// On the way that the server has come, whatever else is archived: the newest branch may be another server's.
+    pub fn on(repository: &str, inventory: &ClusterInventory, served: &ServedPath) -> Standing {
+        let newest = served.history.path().into_iter().rev().find_map(|(timeline, _, left_at)| {
+            let branch = served.lineage.branch(timeline);
+            let held = inventory.frontier(branch)?;
+            Some((branch, left_at.map_or(held, |left| held.min(left)))) // what lies beyond is nobody's future
+        });
+        Standing::at(repository, inventory, newest)
+    }
+
+    fn at(repository: &str, inventory: &ClusterInventory, newest: Option<(Branch, Lsn)>) -> Standing {
         let note = newest.and_then(|(branch, _)| inventory.branches.get(&branch)?.note_of_newest.as_ref());
         Standing {
             repository: repository.to_owned(),
@@ -106,7 +121,8 @@ impl Lag {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::TimelineId;
+    use crate::catalog::inventory::{BranchInventory, Place, WalPiece};
+    use crate::types::{Lineage, TimelineId};
 
     fn standing(name: &str, frontier: Option<(u32, u64)>, at: i64) -> Standing {
         Standing {
@@ -135,6 +151,48 @@ mod tests {
             (4, false, "4 bytes and 1 s behind b".to_owned())
         );
         assert_eq!((of(3).bytes, of(3).lacks_segments, of(3).seconds), ((8 << 20) + 5, true, None));
+    }
+
+    /// A server on the first history of timeline 2, and another one's second history beside it; and one that was promoted
+    /// just now.
+    #[test]
+    fn a_server_stands_on_its_own_way() {
+        let size = SegmentSize::new(1 << 20).unwrap();
+        let system = crate::types::SystemId::new(7);
+        let mut inventory = ClusterInventory::new(ClusterId { name: "main".parse().unwrap(), system });
+        inventory.segment_size = Some(size);
+        let history = |number: u32, text: &str| {
+            crate::types::TimelineHistory::parse(TimelineId::new(number).unwrap(), text.as_bytes()).unwrap()
+        };
+        let forked = "1\t0/300010\tx\n";
+        for (name, segments) in [("00000001", 0..5), ("00000002", 3..6), ("00000002.1", 3..9)] {
+            let branch: Branch = name.parse().unwrap();
+            let piece = |segment| WalPiece {
+                segment: crate::types::SegmentNumber::new(segment),
+                from: 0,
+                to: 1 << 20,
+                place: Place::Wal,
+                token: None,
+                object_len: 0,
+            };
+            let history = (branch.timeline > TimelineId::FIRST).then(|| history(2, forked));
+            let entry =
+                BranchInventory { history, pieces: segments.map(piece).collect(), ..BranchInventory::new(branch) };
+            inventory.branches.insert(branch, entry);
+        }
+        let on = |history: &crate::types::TimelineHistory, second: &str| {
+            let lineage = Lineage::default().with(second.parse().unwrap());
+            let (branch, lsn) =
+                Standing::on("a", &inventory, &ServedPath { history: history.clone(), lineage }).frontier.unwrap();
+            (branch.to_string(), lsn.get())
+        };
+        assert_eq!(on(&history(2, forked), "00000002"), ("00000002".to_owned(), 6 << 20));
+        assert_eq!(on(&history(2, forked), "00000002.1"), ("00000002.1".to_owned(), 9 << 20));
+        let newest = Standing::of("a", &inventory).frontier.unwrap();
+        assert_eq!(newest.0.to_string(), "00000002.1", "without a server nobody can say more");
+        // Nothing is archived of timeline 3 yet, which left the first timeline 2 where it is archived, or before.
+        let third = history(3, "1\t0/300010\tx\n2\t0/480000\tx\n");
+        assert_eq!(on(&third, "00000002"), ("00000002".to_owned(), 0x48_0000));
     }
 
     #[test]

@@ -160,6 +160,7 @@ impl Checker<'_> {
             synchronous: written.synchronous.unwrap_or(false),
             shutdown_deadline: shutdown_deadline?,
             fill_rate: fill_rate?,
+            index: written.index.unwrap_or(true),
         })
     }
 

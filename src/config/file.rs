@@ -64,6 +64,7 @@ pub const CLUSTER_SETTINGS: &[Setting] = &[
     with_default("synchronous", "false"),
     with_default("shutdown_deadline", "10s"),
     setting("fill_rate"),
+    with_default("index", "true"),
 ];
 
 /// The sections, each with what it may hold.
@@ -213,6 +214,7 @@ pub(super) struct Cluster {
     pub synchronous: Option<bool>,
     pub shutdown_deadline: Option<Spanned<String>>,
     pub fill_rate: Option<Spanned<String>>,
+    pub index: Option<bool>,
 }
 
 /// Line of a byte offset, from 1.

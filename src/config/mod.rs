@@ -67,6 +67,8 @@ pub struct ClusterConfig {
     /// A repository that was away is filled up from another with at most so many bytes of WAL a second; `None`: as fast as
     /// the two go.
     pub fill_rate: Option<NonZeroU64>,
+    /// Make the index that `pgkeep log` searches while WAL is archived.
+    pub index: bool,
 }
 
 /// One `[repository.NAME]`.

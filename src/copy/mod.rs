@@ -12,7 +12,7 @@ mod error;
 pub mod plan;
 mod window;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::stream::{self, StreamExt};
 use serde::Serialize;
@@ -24,7 +24,7 @@ pub use window::ends_of_window;
 
 use crate::catalog::records::WalRangeNote;
 use crate::catalog::{CatalogError, Put, Repository};
-use crate::types::{Branch, ClusterId, SegmentNumber, SegmentSize};
+use crate::types::{BackupLabel, Branch, ClusterId, Lsn, SegmentNumber, SegmentSize};
 
 /// Segments under way at a time hold about so many bytes, and at least one is.
 pub const AT_ONCE_BYTES: u64 = 128 << 20;
@@ -74,7 +74,7 @@ pub struct Copied {
     pub segments: u64,
     /// Base backups that are new in the target.
     pub backups: u64,
-    /// Other objects that are: history files, gap records, kept files.
+    /// Other objects that are: history files, gap records, kept files, indexes, names of relations.
     pub others: u64,
     /// Bytes of the objects that were put.
     pub bytes: u64,
@@ -114,7 +114,14 @@ pub async fn survey(from: &Repository, to: &Repository, cluster: &ClusterId) -> 
 async fn picture(repository: &Repository, cluster: &ClusterId) -> Result<Holding, CatalogError> {
     // Kept files first: what comes meanwhile is copied the next time.
     let kept = repository.kept_files(cluster).await?;
-    Ok(Holding { inventory: repository.load(cluster).await?, kept })
+    let inventory = repository.load(cluster).await?;
+    let mut indexes = BTreeMap::new();
+    for branch in inventory.branches.keys() {
+        let ranges = repository.list_indexes(cluster, *branch).await?;
+        indexes.extend(ranges.into_iter().map(|range| ((range.branch, range.from, range.to), range)));
+    }
+    let names = repository.relation_labels(cluster).await?;
+    Ok(Holding { inventory, kept, indexes, names })
 }
 
 /// Carries out a plan. What could not be copied, and why, stands in [`Copied::problems`].
@@ -157,6 +164,8 @@ pub async fn copy(
                     work.open((*branch, SegmentNumber::new(*segment), size), *bytes).await?;
                 }
                 Step::Gap { .. } | Step::File { .. } => work.small(step).await?,
+                Step::Index { branch, from, to, bytes } => work.index((*branch, *from, *to), *bytes, size).await?,
+                Step::Names { noted } => work.names(*noted).await?,
                 Step::Backup { label, branch, bytes } => work.backup(*label, *branch, *bytes).await?,
             }
         }
@@ -263,7 +272,11 @@ impl Work<'_> {
                 };
                 (format!("the kept file {file}"), *branch, result)
             }
-            Step::Segment { .. } | Step::Open { .. } | Step::Backup { .. } => return Ok(()),
+            Step::Segment { .. }
+            | Step::Open { .. }
+            | Step::Index { .. }
+            | Step::Names { .. }
+            | Step::Backup { .. } => return Ok(()),
         };
         let is_file = matches!(step, Step::File { .. });
         let was_blocked = self.blocked.contains(&branch);
@@ -391,7 +404,46 @@ impl Work<'_> {
         Ok(())
     }
 
-    async fn backup(&mut self, label: crate::types::BackupLabel, branch: Branch, bytes: u64) -> Result<(), CopyError> {
+    /// An index; one that does not open is left out, because `pgkeep index rebuild` makes it from the WAL.
+    async fn index(
+        &mut self,
+        (branch, from, to): (Branch, Lsn, Lsn),
+        bytes: u64,
+        size: SegmentSize,
+    ) -> Result<(), CopyError> {
+        self.passed(bytes);
+        let segments = from.segment(size)..=to.segment_before(size);
+        let lacks = self.missing.iter().any(|(of, segment)| *of == branch && segments.contains(segment));
+        let Some(range) = self.source.indexes.get(&(branch, from, to)) else { return Ok(()) };
+        if self.blocked.contains(&branch) || lacks {
+            return Ok(());
+        }
+        match self.to.copy_index(self.from, self.cluster, range).await {
+            Ok(is_new) => {
+                self.done.others += u64::from(is_new);
+                self.done.bytes += if is_new { bytes } else { 0 };
+            }
+            Err(error) if kind_of_problem(&error).is_some() => {
+                tracing::warn!(%branch, %from, %to, %error, "an index is not copied");
+            }
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    /// Names of relations; what does not open is left out.
+    async fn names(&mut self, label: BackupLabel) -> Result<(), CopyError> {
+        match self.to.copy_relations(self.from, self.cluster, label).await {
+            Ok(is_new) => self.done.others += u64::from(is_new),
+            Err(error) if kind_of_problem(&error).is_some() => {
+                tracing::warn!(%label, %error, "names of relations are not copied");
+            }
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    async fn backup(&mut self, label: BackupLabel, branch: Branch, bytes: u64) -> Result<(), CopyError> {
         let what = format!("base backup {label}");
         let info = self.source.inventory.backups.iter().find(|backup| backup.label == label);
         let lacks = info.and_then(|info| {

@@ -2,13 +2,14 @@
 //!
 //! What always holds: a branch's history file comes before its WAL; a base backup comes after all WAL that makes it
 //! consistent, and is left out, with the reason, where that WAL is neither in the source nor in the target (P2); what the
-//! target has is compared, not copied; no segment comes twice.
+//! target has is compared, not copied; no segment comes twice; an index comes after the WAL that it tells of, all of it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use serde::Serialize;
 
+use crate::catalog::index::IndexRange;
 use crate::catalog::inventory::{ClusterInventory, Place};
 use crate::catalog::layout::KeptFile;
 use crate::catalog::records::BackupInfo;
@@ -39,6 +40,10 @@ pub struct Holding {
     pub inventory: ClusterInventory,
     /// Kept files, with the lengths of their objects.
     pub kept: BTreeMap<(Branch, KeptFile), u64>,
+    /// Indexes of its WAL.
+    pub indexes: BTreeMap<(Branch, Lsn, Lsn), IndexRange>,
+    /// When names of relations were noted.
+    pub names: BTreeSet<BackupLabel>,
 }
 
 /// One thing to do.
@@ -86,6 +91,22 @@ pub enum Step {
         /// Length of its object.
         bytes: u64,
     },
+    /// The index of WAL that the target has by then.
+    Index {
+        /// Of which branch.
+        branch: Branch,
+        /// First byte of that WAL.
+        from: Lsn,
+        /// First byte after it.
+        to: Lsn,
+        /// Length of its object.
+        bytes: u64,
+    },
+    /// Names of relations.
+    Names {
+        /// When.
+        noted: BackupLabel,
+    },
     /// A base backup.
     Backup {
         /// Which.
@@ -101,10 +122,11 @@ impl Step {
     /// Bytes of the source's objects, as far as known beforehand.
     pub fn bytes(&self) -> u64 {
         match self {
-            Step::History { .. } | Step::Gap { .. } => 0,
+            Step::History { .. } | Step::Gap { .. } | Step::Names { .. } => 0,
             Step::Segment { bytes, .. }
             | Step::Open { bytes, .. }
             | Step::File { bytes, .. }
+            | Step::Index { bytes, .. }
             | Step::Backup { bytes, .. } => *bytes,
         }
     }
@@ -186,6 +208,8 @@ pub fn plan(source: &Holding, target: &Holding, selection: &Selection) -> CopyPl
         Selection::Backup(label) => planner.one(*label),
         Selection::Window { since, until, ends } => planner.window(*since, *until, ends),
     }
+    planner.indexes();
+    planner.names(selection);
     let mut plan = planner.plan;
     plan.bytes = plan.steps.iter().map(Step::bytes).sum();
     plan
@@ -332,6 +356,34 @@ impl Planner<'_> {
             }
             (false, false) => {}
         }
+    }
+
+    /// Indexes of complete segments that are in the target then.
+    fn indexes(&mut self) {
+        let Some(size) = self.size else { return };
+        let is_whole = |held: Option<&Held>| held.is_some_and(|held| u64::from(held.whole) == size.bytes());
+        let missing = self.source.indexes.iter().filter(|(range, _)| !self.target.indexes.contains_key(*range));
+        for ((branch, from, to), range) in missing {
+            let (first, last) = (from.segment(size).get(), to.segment_before(size).get());
+            let is_there = |number: u64| {
+                let key = (*branch, SegmentNumber::new(number));
+                is_whole(self.ours.get(&key)) || (self.done.contains(&key) && is_whole(self.theirs.get(&key)))
+            };
+            if from < to && (first..=last).all(is_there) {
+                let (branch, from, to, bytes) = (*branch, *from, *to, range.object_len);
+                self.plan.steps.push(Step::Index { branch, from, to, bytes });
+            }
+        }
+    }
+
+    /// What relations were called: small, and nobody knows of which WAL somebody asks later. With one base backup its own.
+    fn names(&mut self, selection: &Selection) {
+        let is_wanted = |label: &BackupLabel| match selection {
+            Selection::Backup(only) => only == label,
+            Selection::All | Selection::Window { .. } => true,
+        };
+        let missing = self.source.names.difference(&self.target.names).filter(|label| is_wanted(label));
+        self.plan.steps.extend(missing.map(|label| Step::Names { noted: *label }));
     }
 
     /// Where the WAL lies that makes a base backup consistent; or why it is not there.

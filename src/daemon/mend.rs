@@ -1,7 +1,10 @@
-//! A base backup where one is needed and nobody asked: behind a gap, and for a history that began.
+//! A base backup where one is needed and nobody asked: behind a gap, behind WAL that came damaged, and for a history that
+//! began.
 //!
 //! What the repositories hold says whether ([`crate::plan::needs_backup`]), so nothing is remembered: a restart asks again, and
-//! one that is there is not taken twice. Once for each stream that begins, and not more often than [`AT_MOST`].
+//! one that is there is not taken twice. It is asked for each stream that begins and, in a stream, when damage was noted in
+//! the repositories: what is taken then begins behind it. Not more often than [`AT_MOST`]; while each base backup is followed
+//! by another reason for one, ever rarer.
 //! A cluster without any base backup gets none: its owner has not begun to use it.
 //!
 //! Streaming does not wait for any of this, and is not disturbed: it is another task, with a connection of its own.
@@ -14,7 +17,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::archive::ClusterStatus;
+use crate::archive::{ClusterStatus, Progress};
 use crate::plan::Need;
 use crate::types::{Branch, ClusterName};
 
@@ -41,20 +44,28 @@ pub trait Mender {
 /// Until `stop`, or until nobody archives any more.
 pub async fn mend(mender: &dyn Mender, mut status: watch::Receiver<ClusterStatus>, stop: CancellationToken) {
     let work = async {
-        let mut pause = PAUSE.0;
-        while let Some(stream) = next_stream(&mut status, None).await {
+        let (mut after_failure, mut at_most) = (PAUSE.0, AT_MOST);
+        while let Some(seen) = next_reason(&mut status, None).await {
             let looked = Instant::now();
-            if !look_and_take(mender, stream.0, &stop).await {
-                tracing::info!(cluster = %mender.cluster(), "another try in {} s", pause.as_secs());
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(PAUSE.1);
-                continue; // asks anew whether it is needed
+            let taken = match look_and_take(mender, seen.branch, &stop).await {
+                Looked::Fine => false,
+                Looked::Taken => true,
+                Looked::Failed => {
+                    tracing::info!(cluster = %mender.cluster(), "another try in {} s", after_failure.as_secs());
+                    tokio::time::sleep(after_failure).await;
+                    after_failure = (after_failure * 2).min(PAUSE.1);
+                    continue; // asks anew whether it is needed
+                }
+            };
+            after_failure = PAUSE.0;
+            // A disk that goes on to spoil what it is given makes each base backup useless in turn.
+            let next_look = if taken { Instant::now() } else { looked } + at_most;
+            at_most = if taken { (at_most * 2).min(PAUSE.1) } else { AT_MOST };
+            let Some(next) = next_reason(&mut status, Some(seen)).await else { return };
+            // The first damage of a stream does not wait: until then no more was looked at than its beginning.
+            if taken || !next.is_first_damage_of(&seen) {
+                tokio::time::sleep_until(next_look).await;
             }
-            pause = PAUSE.0;
-            if next_stream(&mut status, Some(stream)).await.is_none() {
-                return;
-            }
-            tokio::time::sleep_until(looked + AT_MOST).await;
         }
     };
     tokio::select! {
@@ -64,33 +75,64 @@ pub async fn mend(mender: &dyn Mender, mut status: watch::Receiver<ClusterStatus
     }
 }
 
-/// A stream, by its branch and its beginning; another one than `last`. `None` where there will be none.
-async fn next_stream(
-    status: &mut watch::Receiver<ClusterStatus>,
-    last: Option<(Branch, std::time::Instant)>,
-) -> Option<(Branch, std::time::Instant)> {
-    let stream = |status: &ClusterStatus| match status {
-        ClusterStatus::Streaming(progress) => Some((progress.branch, progress.since)),
-        ClusterStatus::Connecting | ClusterStatus::Waiting { .. } => None,
-    };
-    let found = status.wait_for(|status| stream(status).is_some_and(|found| last != Some(found))).await;
-    found.ok().and_then(|status| stream(&status))
+/// A stream, and how much damage is noted of what it brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Seen {
+    branch: Branch,
+    since: std::time::Instant,
+    noted: u64,
 }
 
-/// Whether all is well now.
-async fn look_and_take(mender: &dyn Mender, branch: Branch, stop: &CancellationToken) -> bool {
+impl Seen {
+    fn of(status: &ClusterStatus) -> Option<Seen> {
+        match status {
+            ClusterStatus::Streaming(Progress { branch, since, noted, .. }) => {
+                Some(Seen { branch: *branch, since: *since, noted: *noted })
+            }
+            ClusterStatus::Connecting | ClusterStatus::Waiting { .. } => None,
+        }
+    }
+
+    fn is_same_stream(&self, other: &Seen) -> bool {
+        (self.branch, self.since) == (other.branch, other.since)
+    }
+
+    fn is_first_damage_of(&self, earlier: &Seen) -> bool {
+        self.is_same_stream(earlier) && earlier.noted == 0 && self.noted > 0
+    }
+}
+
+/// A stream: another one than `last`'s, or one of which more damage was noted since. `None` where there will be none.
+async fn next_reason(status: &mut watch::Receiver<ClusterStatus>, last: Option<Seen>) -> Option<Seen> {
+    let is_new = |seen: Seen| last.is_none_or(|last| !seen.is_same_stream(&last) || seen.noted > last.noted);
+    let found = status.wait_for(|status| Seen::of(status).is_some_and(is_new)).await;
+    found.ok().and_then(|status| Seen::of(&status))
+}
+
+/// What a look came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Looked {
+    /// None is needed.
+    Fine,
+    /// One was, and is there now.
+    Taken,
+    /// Nobody could say, or none could be taken.
+    Failed,
+}
+
+async fn look_and_take(mender: &dyn Mender, branch: Branch, stop: &CancellationToken) -> Looked {
     let cluster = mender.cluster();
     let deadline = Instant::now() + AT_MOST;
     let why = loop {
         match mender.look(branch).await {
-            Ok(Need::Nothing) => return true,
-            Ok(Need::NotYet) if Instant::now() > deadline => return false,
+            Ok(Need::Nothing) => return Looked::Fine,
+            Ok(Need::NotYet) if Instant::now() > deadline => return Looked::Failed,
             Ok(Need::NotYet) => tokio::time::sleep(SOON).await,
             Ok(Need::Gap(hole)) => break format!("{hole}, and no base backup behind it"),
             Ok(Need::Branch(branch)) => break format!("there is none of branch {branch}, which is archived now"),
             Err(why) => {
                 tracing::warn!(%cluster, "cannot tell whether a base backup is needed: {why}");
-                return false;
+                return Looked::Failed;
             }
         }
     };
@@ -98,11 +140,167 @@ async fn look_and_take(mender: &dyn Mender, branch: Branch, stop: &CancellationT
     match mender.take(stop.clone()).await {
         Ok(label) => {
             tracing::warn!(%cluster, "base backup {label} was taken because one was needed: {why}");
-            true
+            // A standby's begins with its last checkpoint, which may lie before the damage.
+            if let Ok(Need::Gap(hole)) = mender.look(branch).await {
+                tracing::error!(%cluster, "base backup {label} does not lead across it, either: {hole}. Take another one \
+                     (`pgkeep backup`) when the server has passed a checkpoint behind it");
+            }
+            Looked::Taken
         }
         Err(error) => {
             tracing::error!(%cluster, "a base backup is needed and could not be taken: {error}");
-            false
+            Looked::Failed
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::types::{Lsn, PgTimestamp, TimelineId};
+
+    /// Repositories in which notes of damage need base backups behind them.
+    struct Fake {
+        cluster: ClusterName,
+        begin: Instant,
+        /// How much damage is noted, and how much lies before the newest base backup.
+        noted: Mutex<(u64, u64)>,
+        looks: Mutex<Vec<u64>>,
+        taken: Mutex<Vec<u64>>,
+        /// That a base backup takes.
+        lasts: Duration,
+    }
+
+    impl Fake {
+        fn new() -> Fake {
+            let (cluster, begin) = ("main".parse().unwrap(), Instant::now());
+            Fake {
+                cluster,
+                begin,
+                noted: Mutex::default(),
+                looks: Mutex::default(),
+                taken: Mutex::default(),
+                lasts: SOON,
+            }
+        }
+
+        fn second(&self) -> u64 {
+            self.begin.elapsed().as_secs()
+        }
+
+        fn spoil(&self, status: &watch::Sender<ClusterStatus>) {
+            let count = {
+                let mut noted = self.noted.lock().unwrap();
+                noted.0 += 1;
+                noted.0
+            };
+            status.send_modify(|status| {
+                if let ClusterStatus::Streaming(progress) = status {
+                    progress.noted = count;
+                }
+            });
+        }
+    }
+
+    #[async_trait(?Send)]
+    impl Mender for Fake {
+        fn cluster(&self) -> &ClusterName {
+            &self.cluster
+        }
+
+        async fn look(&self, branch: Branch) -> Result<Need, String> {
+            self.looks.lock().unwrap().push(self.second());
+            let (noted, mended) = *self.noted.lock().unwrap();
+            let hole = crate::catalog::inventory::Hole { branch, from: Lsn::new(9), to: Lsn::new(10), reason: None };
+            Ok(if noted > mended { Need::Gap(hole) } else { Need::Nothing })
+        }
+
+        async fn take(&self, _stop: CancellationToken) -> Result<String, String> {
+            self.taken.lock().unwrap().push(self.second());
+            let noted = self.noted.lock().unwrap().0; // it begins behind what was noted by now
+            tokio::time::sleep(self.lasts).await;
+            self.noted.lock().unwrap().1 = noted;
+            Ok("20261120T031500Z".to_owned())
+        }
+    }
+
+    fn streaming() -> ClusterStatus {
+        ClusterStatus::Streaming(Progress {
+            branch: Branch::first(TimelineId::FIRST),
+            since: std::time::Instant::now(),
+            received: Lsn::new(1),
+            durable: Lsn::new(1),
+            server_end: Lsn::new(1),
+            server_time: PgTimestamp::new(0),
+            damage: None,
+            noted: 0,
+            repositories: Vec::new(),
+        })
+    }
+
+    async fn watched(fake: &Fake, play: impl AsyncFnOnce(&watch::Sender<ClusterStatus>)) {
+        let (status, stop) = (watch::Sender::new(streaming()), CancellationToken::new());
+        let played = async {
+            play(&status).await;
+            stop.cancel();
+        };
+        tokio::join!(mend(fake, status.subscribe(), stop.clone()), played);
+    }
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    /// In the middle of a stream, at once, once for each, and by what the repositories hold: not again for what one lies
+    /// behind.
+    #[tokio::test(start_paused = true)]
+    async fn damage_that_was_noted_while_streaming_is_mended_by_one_base_backup() {
+        let fake = Fake::new();
+        watched(&fake, async |status| {
+            tokio::time::sleep(MINUTE * 10).await;
+            assert_eq!((fake.looks.lock().unwrap().as_slice(), fake.taken.lock().unwrap().len()), (&[0][..], 0));
+            fake.spoil(status);
+            tokio::time::sleep(MINUTE * 600).await;
+            assert_eq!(*fake.taken.lock().unwrap(), [600], "at once, and once");
+            fake.spoil(status);
+            tokio::time::sleep(MINUTE * 600).await;
+            assert_eq!(*fake.taken.lock().unwrap(), [600, 36_600], "the next damage is another one");
+            // A new connection to the same archive.
+            status.send_replace(ClusterStatus::Connecting);
+            status.send_replace(streaming());
+            tokio::time::sleep(MINUTE * 600).await;
+            assert_eq!(fake.taken.lock().unwrap().len(), 2, "what lies before a base backup needs none");
+        })
+        .await;
+    }
+
+    /// One that comes while a base backup is taken lies behind its beginning: another one is needed.
+    #[tokio::test(start_paused = true)]
+    async fn damage_that_comes_while_a_base_backup_is_taken_is_not_forgotten() {
+        let fake = Fake { lasts: MINUTE * 30, ..Fake::new() };
+        watched(&fake, async |status| {
+            tokio::time::sleep(MINUTE).await;
+            fake.spoil(status);
+            tokio::time::sleep(MINUTE * 5).await;
+            fake.spoil(status);
+            tokio::time::sleep(MINUTE * 600).await;
+            assert_eq!(fake.taken.lock().unwrap().len(), 2);
+        })
+        .await;
+    }
+
+    /// A disk that spoils something every ten seconds for a day.
+    #[tokio::test(start_paused = true)]
+    async fn damage_without_end_does_not_take_base_backups_without_end() {
+        let fake = Fake::new();
+        watched(&fake, async |status| {
+            for _ in 0..24 * 360 {
+                tokio::time::sleep(MINUTE / 6).await;
+                fake.spoil(status);
+            }
+        })
+        .await;
+        let taken = fake.taken.lock().unwrap().len();
+        assert!((10..=30).contains(&taken), "{taken} in a day");
     }
 }

@@ -171,9 +171,11 @@ fn uncrossed(inventory: &ClusterInventory, path: &Path, from: Lsn, size: Segment
     None
 }
 
-/// How far the WAL of a path reaches from `from`, which is the start of a segment. The path is shortened where a fork on it
-/// cannot be crossed.
-fn reach(inventory: &ClusterInventory, path: Path, from: Lsn, size: SegmentSize) -> (Path, Vec<Stretch>, Lsn, Limit) {
+/// How far the WAL of a path reaches from the start of a base backup's first segment. The path is shortened where a fork on
+/// it cannot be crossed.
+fn reach(inventory: &ClusterInventory, path: Path, base: &BackupInfo) -> (Path, Vec<Stretch>, Lsn, Limit) {
+    let size = base.segment_size;
+    let from = base.start.segment_start(size);
     if let Some((parent, child, fork)) = uncrossed(inventory, &path, from, size) {
         let branches = path.branches();
         let later = branches.iter().skip(parent + 1).filter_map(|(branch, _, _)| inventory.branches.get(branch));
@@ -186,7 +188,7 @@ fn reach(inventory: &ClusterInventory, path: Path, from: Lsn, size: SegmentSize)
         let shorter = branches.get(parent).and_then(|(branch, _, _)| path.up_to(branch.timeline));
         let Some(shorter) = shorter else { return (path, Vec::new(), from, beyond) };
         // Forks before this one can be crossed, so this goes no deeper, unless the tip's file served for them too.
-        let (path, wal, held_to, limit) = reach(inventory, shorter, from, size);
+        let (path, wal, held_to, limit) = reach(inventory, shorter, base);
         let limit = match (limit, beyond) {
             // Not even the parent's own WAL leads to the fork: that is the first thing missing.
             (Limit::Hole(_), _) | (Limit::Fork { .. }, Limit::Fork { .. }) if held_to < fork => limit,
@@ -211,8 +213,9 @@ fn reach(inventory: &ClusterInventory, path: Path, from: Lsn, size: SegmentSize)
     // Other gaps end a chain by the bytes that are missing, and no longer do once those were brought in.
     let ends = |reason| matches!(reason, GapReason::Differs | GapReason::Damaged);
     let ending = inventory.gaps.iter().filter(|gap| ends(gap.reason) && path.branch_at(gap.from) == gap.branch);
-    if let Some(gap) = ending.filter(|gap| from <= gap.from && gap.from < held_to).min_by_key(|gap| gap.from) {
-        (held_to, limit) = (gap.from, missing(gap.from, gap.to, Some(gap.reason)));
+    // Recovery reads nothing before the base backup's start, though its segment is fetched from the first byte on.
+    if let Some(gap) = ending.filter(|gap| base.start < gap.to && gap.from < held_to).min_by_key(|gap| gap.from) {
+        (held_to, limit) = (gap.from.max(from), missing(gap.from, gap.to, Some(gap.reason)));
     }
     wal = cut(wal, held_to);
     (path, wal, held_to, limit)
@@ -243,8 +246,7 @@ impl Chain {
                 "base backup {label} ends at {stop}, after the way to {tip} left branch {branch} at {left}"
             ));
         }
-        let from = base.start.segment_start(base.segment_size);
-        let (path, wal, held_to, limit) = reach(inventory, path.clone(), from, base.segment_size);
+        let (path, wal, held_to, limit) = reach(inventory, path.clone(), base);
         if held_to < base.stop {
             return Err(format!("base backup {label} needs WAL up to {}: {limit}", base.stop));
         }
@@ -258,14 +260,13 @@ impl Chain {
     /// The shortest beginning of this chain's path that leads to `record_start` and holds everything up to `record_end`,
     /// and where to read it. A stop before a fork is reached on the parent, whose own copy of that segment may be missing.
     pub fn shortest(&self, inventory: &ClusterInventory, record_start: Lsn, record_end: Lsn) -> (Path, Vec<Stretch>) {
-        let from = self.base.start.segment_start(self.base.segment_size);
         let first = self.path.history.timeline_at(record_start).max(self.base.timeline);
         for (branch, _, _) in self.path.branches() {
             if branch.timeline < first || branch == self.path.tip {
                 continue;
             }
             let Some(path) = self.path.up_to(branch.timeline) else { continue };
-            let (path, wal, held_to, _) = reach(inventory, path, from, self.base.segment_size);
+            let (path, wal, held_to, _) = reach(inventory, path, &self.base);
             if held_to >= record_end && path.contains(branch) {
                 return (path, cut(wal, record_end));
             }

@@ -4,8 +4,9 @@ use std::fmt::Write as _;
 
 use jiff::tz::TimeZone;
 
-use super::outcome::{PlanError, Reachable, RestorePlan, Stop};
-use super::search::TransactionEnd;
+use super::estimate::Estimate;
+use super::outcome::{PlanError, Proof, Reachable, RestorePlan, Stop};
+use super::search::{Located, TransactionEnd};
 use super::target::{Point, show};
 use crate::types::PgTimestamp;
 
@@ -15,6 +16,7 @@ pub fn plan(plan: &RestorePlan, zone: &TimeZone) -> Vec<String> {
     if let Point::Time(instant) = plan.target.point {
         lines.push(format!("          {}", show(instant, zone)));
     }
+    lines.extend(plan.located.as_ref().map(|located| format!("found     {}", located_in_words(located, zone))));
     lines.push(format!(
         "base      {}, consistent at {} on branch {}, stopped {}",
         plan.base.label,
@@ -54,6 +56,14 @@ pub fn plan(plan: &RestorePlan, zone: &TimeZone) -> Vec<String> {
         size(fetch.wal_stored_bytes),
         count(fetch.requests, "object") + if fetch.base_objects.is_none() { " and the base's" } else { "" },
     ));
+    if !plan.keys.is_empty() {
+        lines.push(format!(
+            "keys      {}, and the key of the repository opens them",
+            count(plan.keys.len() as u64, "content key")
+        ));
+    }
+    lines.push(format!("checked   {}", checked(&plan.proof)));
+    lines.extend(plan.estimate.as_ref().map(|estimate| format!("estimate  {}", estimated(estimate))));
     lines.extend(bounds(plan.earliest.as_ref(), plan.newest.as_ref(), zone));
     lines.extend(plan.warnings.iter().map(|warning| format!("warning   {warning}")));
     lines
@@ -62,6 +72,7 @@ pub fn plan(plan: &RestorePlan, zone: &TimeZone) -> Vec<String> {
 /// A refusal, a line each.
 pub fn refusal(error: &PlanError, zone: &TimeZone) -> Vec<String> {
     let mut lines = vec![format!("no        {}", error.reason)];
+    lines.extend(error.located.as_ref().map(|located| format!("found     {}", located_in_words(located, zone))));
     for (word, place) in [("before", &error.before), ("after", &error.after)] {
         if let Some(place) = place {
             lines.push(format!("{word:<9} {}: --to {}", reachable(place, zone), quoted(&place.to)));
@@ -87,6 +98,59 @@ fn reachable(place: &Reachable, zone: &TimeZone) -> String {
 
 fn transaction(end: &TransactionEnd, zone: &TimeZone) -> String {
     format!("transaction {} of {}, LSN {}", end.xid, show_pg(end.time, zone), end.lsn)
+}
+
+fn located_in_words(located: &Located, zone: &TimeZone) -> String {
+    match located {
+        Located::Transaction(end) => {
+            let what = if end.aborted { "was rolled back" } else { "committed" };
+            format!("transaction {} {what} at {}, LSN {}", end.xid, show_pg(end.time, zone), end.lsn)
+        }
+        Located::RestorePoint { name, time, lsn } => {
+            format!("restore point {name:?} was made at {}, LSN {lsn}", show_pg(*time, zone))
+        }
+    }
+}
+
+/// What was seen to be there.
+fn checked(proof: &Proof) -> String {
+    let mut text = format!("every record of {} of WAL", size(proof.wal_bytes_checked));
+    if proof.base_objects_opened > 0 {
+        let _ = write!(text, "; {} of the base, which open", count(proof.base_objects_opened, "object"));
+    }
+    for history in &proof.histories {
+        let how = if history.is_there { "is there" } else { "is lost, and a descendant's tells what it said" };
+        let _ = write!(text, "; the history file of {} {how}", history.branch);
+    }
+    text
+}
+
+/// An estimate, and by what.
+fn estimated(estimate: &Estimate) -> String {
+    let by = match &estimate.measured {
+        Some(sample) => format!("measured now, over {}", size(sample.bytes)),
+        None => "assumed".to_owned(),
+    };
+    let replay = estimate.replay_bytes_per_second.min(estimate.read_bytes_per_second);
+    let why = if replay < estimate.replay_bytes_per_second { "as it is read" } else { "assumed of a server" };
+    format!(
+        "about {}, and no more than an estimate: {} of base at {}/s ({by}), then {} of WAL at {}/s ({why})",
+        about(u64::try_from(estimate.total.as_millis().div_ceil(1000)).unwrap_or(u64::MAX)),
+        size(estimate.base_bytes),
+        size(estimate.read_bytes_per_second),
+        size(estimate.wal_bytes),
+        size(replay),
+    )
+}
+
+/// Seconds, minutes or hours: no more digits than an estimate has.
+fn about(seconds: u64) -> String {
+    match seconds {
+        0..=1 => "a second".to_owned(),
+        2..=119 => format!("{seconds} seconds"),
+        120..=7199 => format!("{} minutes", seconds.div_ceil(60)),
+        _ => format!("{} hours", seconds.div_ceil(3600)),
+    }
 }
 
 fn show_pg(time: PgTimestamp, zone: &TimeZone) -> String {

@@ -27,10 +27,10 @@ fn holes_on(inventory: &ClusterInventory, branch: Branch) -> Vec<Hole> {
     let leads = |backup: &&BackupInfo| {
         path.contains(backup.branch) && path.history.left_at(backup.timeline).is_none_or(|left| backup.stop <= left)
     };
-    let Some(begin) = inventory.backups.iter().filter(leads).map(|backup| backup.start.segment_start(size)).min()
-    else {
+    let Some(first) = inventory.backups.iter().filter(leads).map(|backup| backup.start).min() else {
         return Vec::new();
     };
+    let begin = first.segment_start(size);
     let runs = inventory.branches.get(&branch).map(|known| known.runs(size)).unwrap_or_default();
     let end = runs.last().map_or(begin, |run| run.to);
     let (mut holes, mut at) = (Vec::new(), begin);
@@ -45,7 +45,7 @@ fn holes_on(inventory: &ClusterInventory, branch: Branch) -> Vec<Hole> {
     holes.extend(gap.map(|gap| last(after_gaps(branch, end, &inventory.gaps), Some(gap.reason))));
     // Archived as it came, and worth nothing.
     let damaged = inventory.gaps.iter().filter(|gap| gap.reason == GapReason::Damaged);
-    let damaged = damaged.filter(|gap| path.branch_at(gap.from) == gap.branch && gap.from >= begin);
+    let damaged = damaged.filter(|gap| path.branch_at(gap.from) == gap.branch && gap.to > first);
     let hole = |gap: &GapRecord| Hole { branch: gap.branch, from: gap.from, to: gap.to, reason: Some(gap.reason) };
     holes.extend(damaged.map(hole));
     holes
@@ -89,9 +89,17 @@ pub fn needs_backup(inventory: &ClusterInventory, branch: Branch) -> Need {
     let on = best.path.branch_at(best.held_to);
     let recorded =
         inventory.gaps.iter().find(|gap| gap.branch == on && gap.from <= best.held_to && best.held_to < gap.to);
-    match (best.limit, recorded) {
+    // The note of damage comes before the bytes, which are on their way: what is taken now begins behind them.
+    let coming = inventory.gaps.iter().filter(|gap| gap.reason == GapReason::Damaged && gap.from >= best.held_to);
+    let coming = coming.filter(|gap| gap.to > best.base.start && best.path.branch_at(gap.from) == gap.branch);
+    match (best.limit, recorded.or_else(|| coming.min_by_key(|gap| gap.from))) {
         (Limit::Hole(hole), _) if hole.reason.is_some() => Need::Gap(hole),
-        (_, Some(gap)) => Need::Gap(Hole { branch: on, from: best.held_to, to: gap.to, reason: Some(gap.reason) }),
+        (_, Some(gap)) => Need::Gap(Hole {
+            branch: gap.branch,
+            from: gap.from.max(best.held_to),
+            to: gap.to,
+            reason: Some(gap.reason),
+        }),
         // A piece may be on its way; a hole that nobody recorded is for `check` to show.
         _ => Need::Nothing,
     }
@@ -193,6 +201,37 @@ mod tests {
         let mut arriving = cluster(&[("00000001", "", &[0..4, 5..6])]);
         arriving.backups.push(backup_on("00000001", 1, 2));
         assert_eq!(needs_backup(&arriving, one), Need::Nothing);
+    }
+
+    fn damage(on: &str, from: Lsn, to: Lsn) -> GapRecord {
+        GapRecord { from, to, reason: GapReason::Damaged, ..gap(on, 0, 0) }
+    }
+
+    /// Whether or not the damaged bytes have arrived behind their note, and wherever in a segment they lie.
+    #[test]
+    #[expect(clippy::single_range_in_vec_init, reason = "one range of segments is meant")]
+    fn p3_damage_needs_a_base_backup_that_begins_behind_it() {
+        let one = branch("00000001");
+        for arrived in [6, 9] {
+            let mut inventory = cluster(&[("00000001", "", &[0..arrived])]);
+            inventory.backups.push(backup_on("00000001", 1, 2)); // begins 40 bytes behind the segment's start
+            inventory.gaps.push(damage("00000001", at(1).advance(8), at(1).advance(40)));
+            assert_eq!(needs_backup(&inventory, one), Need::Nothing, "recovery begins behind it");
+            assert_eq!(shown(&inventory), []);
+            let (from, to) = (at(7).advance(8), at(7).advance(24));
+            inventory.gaps.push(damage("00000001", from, to));
+            let need = needs_backup(&inventory, one);
+            assert!(matches!(need, Need::Gap(hole) if (hole.from, hole.to) == (from, to)), "{arrived}: {need:?}");
+            inventory.backups.push(backup_on("00000001", 7, 8));
+            // That one's own WAL is not there yet, or it leads on.
+            let need = needs_backup(&inventory, one);
+            assert_eq!(need == Need::Nothing, arrived == 9, "{need:?}");
+        }
+        // Damage within what the base backup itself needs.
+        let mut inventory = cluster(&[("00000001", "", &[0..9])]);
+        inventory.backups.push(backup_on("00000001", 1, 2));
+        inventory.gaps.push(damage("00000001", at(1).advance(32), at(1).advance(48)));
+        assert!(matches!(needs_backup(&inventory, one), Need::Gap(_)));
     }
 
     #[test]

@@ -18,11 +18,14 @@
 
 pub mod chain;
 pub mod choose;
+pub mod estimate;
 pub mod explain;
 pub mod holes;
 #[cfg(test)]
 mod model;
 pub mod outcome;
+#[cfg(test)]
+mod proof_tests;
 pub mod search;
 pub mod target;
 #[cfg(test)]
@@ -33,14 +36,15 @@ use std::collections::VecDeque;
 use jiff::{SignedDuration, Timestamp};
 
 pub use chain::{Chain, Options, Path, TimelineChoice};
+pub use estimate::{Estimate, Sample};
 pub use holes::{Need, holes, needs_backup};
-pub use outcome::{Fetch, NoKind, PathPart, PlanError, Reachable, RestorePlan, Stop, WalNeed};
-pub use search::{EndOfWal, Reading, Seen, StopAt, TransactionEnd};
+pub use outcome::{Fetch, HistoryFile, NoKind, PathPart, PlanError, Proof, Reachable, RestorePlan, Stop, WalNeed};
+pub use search::{EndOfWal, Located, Reading, Seen, StopAt, TransactionEnd};
 pub use target::{Point, Reading as TargetReading, Target, TargetError};
 
 use crate::catalog::inventory::{ClusterInventory, Stretch, WalPiece};
 use crate::catalog::records::{BackupInfo, ServerParameters};
-use crate::types::{BackupLabel, Branch, Lsn, PgTimestamp, SegmentSize};
+use crate::types::{BackupLabel, Branch, Lsn, PgTimestamp, SegmentSize, TimelineId};
 use crate::wal::Parameters;
 use chain::{Limit, NoPath};
 use search::{Finding, Search};
@@ -73,6 +77,8 @@ pub struct Planning<'a> {
     rejected: Vec<String>,
     /// Base backups left out because they are flagged.
     flagged: Vec<(BackupLabel, String)>,
+    /// What was asked for, where a chain before this one has shown it.
+    located: Option<Located>,
 }
 
 /// What a reading of WAL led to.
@@ -147,7 +153,26 @@ impl<'a> Planning<'a> {
             warnings,
             rejected,
             flagged,
+            located: None,
         })
+    }
+
+    /// The same question, asked of the base backup that is nearest before `lsn` and of no other: an index says that the
+    /// target is there. `None`: that one is asked anyway, or there is none. The WAL decides all the same; where it does not
+    /// say yes, this planning has told nothing, and the one it was made from goes on.
+    pub fn near(&self, lsn: Lsn) -> Option<Planning<'a>> {
+        let leads_there = |chain: &&Chain| chain.base.stop <= lsn && lsn < chain.held_to;
+        let chain = self.usable.iter().rev().find(leads_there)?.clone();
+        if chain.base.label == self.chain.base.label {
+            return None;
+        }
+        let search = Search::new(&self.target, &chain, None);
+        Some(Planning { search, chain, rest: VecDeque::new(), ..self.clone() })
+    }
+
+    /// The oldest base backup that comes into question.
+    pub fn oldest(&self) -> &BackupInfo {
+        self.usable.first().map_or(&self.chain.base, |chain| &chain.base)
     }
 
     /// The base backup in question and the WAL to be read: `wal`, in order, from its start.
@@ -170,6 +195,7 @@ impl<'a> Planning<'a> {
     /// The answer, once [`Planning::push`] said that it has seen enough or the WAL has ended.
     pub fn finish(mut self, end: &EndOfWal) -> Outcome<'a> {
         let finding = self.search.finish(end, self.known_complete(end));
+        self.located = self.located.or_else(|| self.search.story.located.clone());
         match finding {
             Finding::Stop(stop) => match self.refuses(stop, end) {
                 Some(error) => self.no(error, end),
@@ -239,6 +265,7 @@ impl<'a> Planning<'a> {
         error.earliest = self.usable.first().map(consistent_point);
         error.newest = self.newest(end);
         error.after = error.after.or_else(|| self.after.clone());
+        error.located = error.located.or_else(|| self.located.clone());
         if let Some(damage) = &end.damage {
             error.hints.push(format!("not all WAL could be read: {damage}"));
         }
@@ -423,19 +450,28 @@ impl<'a> Planning<'a> {
             fetch.wal_bytes = fetch.wal_bytes.saturating_add(need.to.bytes_since(need.from).unwrap_or(0));
         }
         fetch.requests = fetch.wal_objects + 1;
+        let branches = path.branches();
+        let has_file = |branch: Branch| self.inventory.branches.get(&branch).is_some_and(|b| b.history.is_some());
+        let histories = branches.iter().filter(|(branch, ..)| branch.timeline != TimelineId::FIRST);
+        let histories =
+            histories.map(|(branch, ..)| HistoryFile { branch: *branch, is_there: has_file(*branch) }).collect();
+        let proof = Proof { wal_bytes_checked: fetch.wal_bytes, base_objects_opened: 0, histories };
         let changes =
             story.parameters.iter().filter(|(at, _)| *at >= chain.base.start).map(|(_, parameters)| parameters);
         RestorePlan {
             cluster: self.inventory.id.clone(),
             target: self.target.clone(),
             stop,
+            located: story.located.clone(),
             target_timeline: path.tip.timeline,
-            path: path.branches().into_iter().map(|(branch, from, to)| PathPart { branch, from, to }).collect(),
+            path: branches.into_iter().map(|(branch, from, to)| PathPart { branch, from, to }).collect(),
             parameters: changes.fold(chain.base.parameters, maximum),
             history: path.history,
             wal,
             fetch,
             keys: Vec::new(),
+            proof,
+            estimate: None,
             last_included: story.last_included,
             first_excluded: story.first_excluded,
             earliest: self.usable.first().map(consistent_point),

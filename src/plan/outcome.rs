@@ -6,7 +6,8 @@ use jiff::Timestamp;
 use serde::{Serialize, Serializer};
 
 use super::chain::KnownBranch;
-use super::search::{StopAt, TransactionEnd};
+use super::estimate::{Estimate, Sample, estimate};
+use super::search::{Located, StopAt, TransactionEnd};
 use super::target::Target;
 use crate::catalog::records::{BackupInfo, Manifest, ServerParameters};
 use crate::types::{Branch, ClusterId, Id128, Lsn, TimelineHistory, TimelineId};
@@ -23,6 +24,8 @@ pub struct RestorePlan {
     pub base: BackupInfo,
     /// Where recovery stops.
     pub stop: Stop,
+    /// Where the transaction or restore point is that was asked for; `None` for other targets.
+    pub located: Option<Located>,
     /// `recovery_target_timeline`, always a number.
     pub target_timeline: TimelineId,
     /// The branches that recovery follows, oldest first: what `wal fetch` is told.
@@ -38,6 +41,10 @@ pub struct RestorePlan {
     pub fetch: Fetch,
     /// Ids of the content keys that open it, as far as known: [`RestorePlan::knows_keys`].
     pub keys: Vec<Id128>,
+    /// What was looked at so that this is no guess.
+    pub proof: Proof,
+    /// How long it may take; `None` until it was asked for: [`RestorePlan::knows_speed`].
+    pub estimate: Option<Estimate>,
     /// The last commit that will be there. `None`: none lies between the base backup's start and the stop.
     pub last_included: Option<TransactionEnd>,
     /// The first commit that will not. `None`: none is archived shortly behind the stop.
@@ -48,6 +55,26 @@ pub struct RestorePlan {
     pub newest: Option<Reachable>,
     /// What a person should know before saying yes.
     pub warnings: Vec<String>,
+}
+
+/// What was seen to be there before a plan was handed out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Proof {
+    /// Bytes of WAL of which every record was read and its checksum found right, up to the stop.
+    pub wal_bytes_checked: u64,
+    /// Objects of the base backup, its manifest among them, that opened: header, length and footer under the content key.
+    pub base_objects_opened: u64,
+    /// The history files of the way, oldest first.
+    pub histories: Vec<HistoryFile>,
+}
+
+/// A history file on the way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct HistoryFile {
+    /// Whose.
+    pub branch: Branch,
+    /// It is in the repository; else a descendant's tells what it said.
+    pub is_there: bool,
 }
 
 /// Where recovery stops.
@@ -91,6 +118,8 @@ pub struct Fetch {
     pub base_bytes: u64,
     /// Sealed bytes of its packs; `None` until the manifest was read ([`RestorePlan::knows_manifest`]).
     pub base_stored_bytes: Option<u64>,
+    /// Bytes of content in its packs that it uses: without blocks of zeros; `None` until the manifest was read.
+    pub base_content_bytes: Option<u64>,
     /// Objects of the base backup; `None` until the manifest was read.
     pub base_objects: Option<u64>,
     /// Bytes of WAL.
@@ -111,7 +140,16 @@ impl RestorePlan {
         let (objects, stored) = lens.fold((1, 0u64), |(count, bytes), len| (count + 1, bytes.saturating_add(len)));
         self.fetch.base_objects = Some(objects);
         self.fetch.base_stored_bytes = Some(stored);
+        self.fetch.base_content_bytes =
+            Some(manifest.packs.iter().fold(0, |sum: u64, pack| sum.saturating_add(pack.live)));
         self.fetch.requests = self.fetch.wal_objects + objects;
+        self.proof.base_objects_opened = objects;
+    }
+
+    /// Adds how long it may take, by what was read to measure it.
+    pub fn knows_speed(&mut self, sample: Option<Sample>) {
+        let base = self.fetch.base_content_bytes.unwrap_or(self.fetch.base_bytes);
+        self.estimate = Some(estimate(base, self.fetch.wal_bytes, sample));
     }
 
     /// Adds the content keys that were met in headers.
@@ -168,6 +206,8 @@ pub struct PlanError {
     pub kind: NoKind,
     /// Why, in words.
     pub reason: String,
+    /// Where the transaction or restore point is that was asked for, if it was met.
+    pub located: Option<Located>,
     /// The nearest place before the target.
     pub before: Option<Reachable>,
     /// The nearest place after the target.
@@ -187,6 +227,7 @@ impl PlanError {
         PlanError {
             kind,
             reason: reason.into(),
+            located: None,
             before: None,
             after: None,
             earliest: None,

@@ -17,8 +17,8 @@ use super::target::{Point, Target};
 use crate::types::{Lsn, PgTimestamp};
 use crate::wal::{Fact, Parameters, Record, WalDamage, WalLevel, fact};
 
-/// WAL read beyond the stop, only to tell which commit comes next.
-const LOOK_BEYOND: u64 = 16 << 20;
+/// WAL read beyond the stop, only to tell which commit comes next: as a rule a few records.
+const LOOK_BEYOND: u64 = 256 << 20;
 /// Largest header of a WAL page: what may lie between the end of a record and the start of the next.
 const PAGE_HEADER_MAX: u64 = 40;
 /// How many restore points inside the backup are remembered for the explanation.
@@ -86,6 +86,23 @@ pub struct TransactionEnd {
     pub lsn: Lsn,
     /// Rolled back.
     pub aborted: bool,
+}
+
+/// Where in the WAL what was asked for by its number or name is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum Located {
+    /// The end of the transaction.
+    Transaction(TransactionEnd),
+    /// The restore point.
+    RestorePoint {
+        /// Its name.
+        name: String,
+        /// The server's clock, in the record.
+        time: PgTimestamp,
+        /// Start of the record.
+        lsn: Lsn,
+    },
 }
 
 /// What a chain's WAL says about the target.
@@ -159,6 +176,8 @@ pub(super) struct Story {
     pub clock: Option<PgTimestamp>,
     /// Restore points of the name that lie inside the backup.
     pub passed_over: Vec<Lsn>,
+    /// The transaction or restore point that was asked for.
+    pub located: Option<Located>,
 }
 
 impl Search {
@@ -197,6 +216,7 @@ impl Search {
         }
         let end = transaction_end(&seen);
         self.newest(&seen, end.as_ref());
+        self.locate(&seen, end.as_ref());
         if self.stop.is_some() {
             return self.beyond(&seen, end.as_ref());
         }
@@ -363,6 +383,21 @@ impl Search {
         }
         let far = seen.start.bytes_since(from).is_some_and(|bytes| bytes > LOOK_BEYOND);
         if far || self.story.first_excluded.is_some() { Reading::Enough } else { Reading::Continue }
+    }
+
+    fn locate(&mut self, seen: &Seen, end: Option<&TransactionEnd>) {
+        if self.story.located.is_some() {
+            return;
+        }
+        self.story.located = match (&self.point, end, &seen.fact) {
+            (Point::Xid(xid), Some(end), _) if end.xid == *xid => Some(Located::Transaction(*end)),
+            (Point::Name(name), _, Some(Fact::RestorePoint { name: found, time }))
+                if found == name && seen.end >= self.base_stop =>
+            {
+                Some(Located::RestorePoint { name: name.clone(), time: *time, lsn: seen.start })
+            }
+            _ => None,
+        };
     }
 
     fn newest(&mut self, seen: &Seen, end: Option<&TransactionEnd>) {

@@ -78,6 +78,18 @@ pub enum RestoreError {
         /// Its tablespaces.
         known: String,
     },
+    /// `--database` names one that the backup does not have, or one that cannot be told from another.
+    #[error("--database {given}: {reason}; base backup {label} has {known}; nothing was changed")]
+    Database {
+        /// As given.
+        given: String,
+        /// What is wrong with it.
+        reason: &'static str,
+        /// The base backup.
+        label: BackupLabel,
+        /// Its databases.
+        known: String,
+    },
     /// A path that `restore_command` cannot hold.
     #[error("restore_command cannot name {what}: {reason}; nothing was changed")]
     Command {
@@ -152,6 +164,7 @@ impl RestoreError {
             | RestoreError::Occupied { .. }
             | RestoreError::Place { .. }
             | RestoreError::Tablespace { .. }
+            | RestoreError::Database { .. }
             | RestoreError::Command { .. }
             | RestoreError::Table { .. }
             | RestoreError::Contradiction { .. }
@@ -175,6 +188,7 @@ impl RestoreError {
             | RestoreError::Occupied { .. }
             | RestoreError::Place { .. }
             | RestoreError::Tablespace { .. }
+            | RestoreError::Database { .. }
             | RestoreError::Command { .. } => false,
         }
     }
@@ -197,6 +211,7 @@ impl RestoreError {
                 | RestoreError::WriteOnlyKey { .. }
                 | RestoreError::Place { .. }
                 | RestoreError::Tablespace { .. }
+                | RestoreError::Database { .. }
                 | RestoreError::Command { .. }
         )
     }

@@ -14,8 +14,12 @@
 //! Crash and cancellation: the destination is there whole, verified and synced, or not at all. What a killed fetch may
 //! leave beside it is a file called `.pgkeep-…`, which a later fetch removes.
 
+pub mod ahead;
 pub mod decide;
 mod pool;
+pub mod prefetch;
+pub mod spool;
+pub mod standby;
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -42,6 +46,8 @@ const AWAY_PAUSE: Duration = Duration::from_millis(500);
 /// moment before the last of this one.
 const HOLE_PATIENCE: Duration = Duration::from_secs(10);
 const HOLE_PAUSE: Duration = Duration::from_millis(200);
+/// Longer than that a standby is not kept from streaming.
+const STANDBY_DEADLINE: Duration = Duration::from_secs(60);
 /// PostgreSQL replaces `pg_control` in place: a read may meet it half written.
 const CONTROL_FILE_TRIES: u32 = 10;
 const CONTROL_FILE_PAUSE: Duration = Duration::from_millis(20);
@@ -57,6 +63,8 @@ pub struct Way {
     pub path: Vec<Step>,
     /// Serve no WAL from this position on.
     pub until: Option<Lsn>,
+    /// For a standby that follows the newest timeline: its pg_wal, where its own history files lie.
+    pub standby: Option<PathBuf>,
 }
 
 /// The answer to the server.
@@ -222,18 +230,11 @@ pub async fn fetch(
     name: &str,
     dest: &Path,
 ) -> Result<Fetched, FetchError> {
-    let wanted = name.parse::<WalFileName>().map_err(FetchError::Name)?;
     let patience = Instant::now() + AWAY_PATIENCE;
     let bytes = loop {
         let pool = Pool::new(places, cluster, local);
-        let request = Request { pool: &pool, local, way, name };
-        let bytes = match &wanted {
-            WalFileName::Segment(_) => request.segment().await,
-            WalFileName::History(timeline) => request.history(*timeline).await,
-            // Recovery never asks for these; whoever does is told that they are no WAL to be replayed.
-            WalFileName::Partial(_) | WalFileName::BackupHistory(_) => Ok(None),
-        };
-        match bytes {
+        let request = Request { pool: &pool, local, way, name, patience: HOLE_PATIENCE };
+        match request.bytes().await {
             Err(error @ FetchError::Away { .. }) if Instant::now() < patience => {
                 tracing::info!("{error}; trying again");
                 tokio::time::sleep(AWAY_PAUSE).await;
@@ -248,14 +249,50 @@ pub async fn fetch(
     Ok(Fetched::Served)
 }
 
+/// Answers one request of a standby, which follows the newest timeline ([`standby`]): as [`fetch`], but a fault is "not there",
+/// for now.
+///
+/// # Errors
+/// Only for a name that is none.
+pub async fn fetch_for_standby(
+    places: &dyn Places,
+    cluster: Option<&ClusterName>,
+    local: Option<Local>,
+    way: &Way,
+    name: &str,
+    dest: &Path,
+) -> Result<Fetched, FetchError> {
+    let answer = tokio::time::timeout(STANDBY_DEADLINE, fetch(places, cluster, local, way, name, dest)).await;
+    let fault = match answer {
+        Ok(Ok(fetched)) => return Ok(fetched),
+        Ok(Err(error @ FetchError::Name(_))) => return Err(error),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("{name}: no answer within {} s", STANDBY_DEADLINE.as_secs()),
+    };
+    tracing::warn!("{fault}; the standby goes on without {name} for now, and asks again");
+    Ok(Fetched::NotThere)
+}
+
 struct Request<'a> {
     pool: &'a Pool<'a>,
     local: Option<Local>,
     way: &'a Way,
     name: &'a str,
+    /// How long a hole is watched.
+    patience: Duration,
 }
 
 impl Request<'_> {
+    /// What the name asks for; `None`: not there.
+    async fn bytes(&self) -> Result<Option<Vec<u8>>, FetchError> {
+        match self.name.parse::<WalFileName>().map_err(FetchError::Name)? {
+            WalFileName::Segment(_) => self.segment().await,
+            WalFileName::History(timeline) => self.history(timeline).await,
+            // Recovery never asks for these; whoever does is told that they are no WAL to be replayed.
+            WalFileName::Partial(_) | WalFileName::BackupHistory(_) => Ok(None),
+        }
+    }
+
     fn refused(&self, refusal: Refusal) -> FetchError {
         FetchError::Refused { name: self.name.to_owned(), refusal }
     }
@@ -282,6 +319,32 @@ impl Request<'_> {
         }
     }
 
+    /// The segment, if all of it is there and may be served: what will never change any more. Looks once, and says nothing
+    /// about what else there is.
+    async fn whole_segment(&self) -> Result<Option<Vec<u8>>, FetchError> {
+        let name = self.name;
+        let timeline: TimelineId = name.get(..8).unwrap_or_default().parse().map_err(FetchError::Name)?;
+        let size = self.segment_size(timeline).await?;
+        let Some((_, segment)) = SegmentNumber::from_file_name(name, size) else { return Ok(None) };
+        if self.way.until.is_some_and(|until| until < segment.end(size)) {
+            return Ok(None);
+        }
+        let (branch, history) = if self.way.path.is_empty() {
+            let several = self.branches().await?.refuse_several(timeline).is_some();
+            if several || self.is_left(timeline, segment, size).await? {
+                return Ok(None);
+            }
+            (Branch::first(timeline), None)
+        } else {
+            match decide::on_path(timeline, segment, size, &self.way.path, self.way.until) {
+                Located::Ask(ask) => (ask.branch, decide::history_to(&self.way.path, timeline)),
+                Located::NotThere | Located::Refuse(_) => return Ok(None),
+            }
+        };
+        let read = self.pool.read(branch, segment, size, history.as_ref()).await?;
+        Ok(read.complete.then_some(read.bytes))
+    }
+
     /// For a server that follows timelines by itself: what is asked for is judged by the archived histories.
     async fn without_path(
         &self,
@@ -292,6 +355,9 @@ impl Request<'_> {
     ) -> Result<Option<Vec<u8>>, FetchError> {
         if let Some(refusal) = branches.refuse_several(timeline) {
             return Err(self.refused(refusal));
+        }
+        if self.is_left(timeline, segment, size).await? {
+            return Ok(None);
         }
         // The common case first, for which no history has to be read.
         if self.way.until.is_none() {
@@ -309,9 +375,22 @@ impl Request<'_> {
         }
     }
 
+    /// Must a standby not be served this timeline's segment, because a newer timeline holds it?
+    async fn is_left(
+        &self,
+        timeline: TimelineId,
+        segment: SegmentNumber,
+        size: SegmentSize,
+    ) -> Result<bool, FetchError> {
+        let Some(folder) = &self.way.standby else { return Ok(false) };
+        let mut histories = standby::own_histories(folder);
+        histories.extend(self.histories().await?);
+        Ok(standby::is_left(&histories, timeline, segment, size))
+    }
+
     /// Asks the repositories, and again while the answer looks like a hole.
     async fn ask(&self, ask: Ask, history: Option<&TimelineHistory>) -> Result<Option<Vec<u8>>, FetchError> {
-        let patience = Instant::now() + HOLE_PATIENCE;
+        let patience = Instant::now() + self.patience;
         let start = ask.segment.start(ask.size);
         let wanted_end = ask.until.map_or(ask.segment.end(ask.size), |until| until.min(ask.segment.end(ask.size)));
         loop {

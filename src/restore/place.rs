@@ -8,13 +8,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::RestoreError;
+use super::databases::Only;
+use super::marker::UNFINISHED;
 use crate::catalog::records::BackupInfo;
+use crate::types::SystemId;
 
-/// In a directory whose restore is not finished: says what happened and what to do.
-pub const UNFINISHED: &str = "pgkeep-restore-unfinished";
-
-/// What is in a directory that should be empty.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What is in a directory that should be empty, or the old state of the same cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Occupied {
     /// Files of whoever.
     Files,
@@ -22,18 +22,77 @@ pub enum Occupied {
     Server,
     /// What a restore left that was stopped in the middle.
     Unfinished,
+    /// A restore that is at work.
+    Busy,
+    /// A data directory on which a server runs.
+    Running {
+        /// Its process.
+        pid: u32,
+    },
+    /// A directory of a tablespace that a server has in use.
+    InUse {
+        /// Its process.
+        pid: u32,
+        /// Its data directory.
+        data: PathBuf,
+    },
+    /// Another cluster.
+    OtherCluster {
+        /// Its system identifier.
+        found: SystemId,
+        /// The one that is restored.
+        wanted: SystemId,
+    },
+    /// Nothing that tells which cluster it was.
+    NoCluster {
+        /// What was found instead.
+        reason: String,
+    },
+    /// Files in a tablespace's directory to which the data directory has no link.
+    NotLinked {
+        /// The tablespace.
+        oid: u32,
+    },
 }
 
 impl fmt::Display for Occupied {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Files => "is not empty; give another directory, or empty this one if nobody needs what is in it",
-            Self::Server => "is a data directory in which a server seems to run (postmaster.pid is there)",
-            Self::Unfinished => {
-                "holds a restore that was not finished; remove what is in it (and in its tablespaces' directories) and \
-                 restore again"
+        match self {
+            Self::Files => f.write_str(
+                "is not empty; give another directory, or empty this one if nobody needs what is in it, or bring it up to \
+                 the backup with --delta if it is an old state of the same cluster",
+            ),
+            Self::Server => f.write_str("is a data directory in which a server seems to run (postmaster.pid is there)"),
+            Self::Unfinished => f.write_str(
+                "holds a restore that was not finished; finish it with --delta, or remove what is in it (and in its \
+                 tablespaces' directories) and restore again",
+            ),
+            Self::Busy => f.write_str("is being restored into by another pgkeep restore"),
+            Self::Running { pid } => {
+                write!(f, "is the data directory of a server that runs (process {pid}); stop it first")
             }
-        })
+            Self::InUse { pid, data } => write!(
+                f,
+                "holds a tablespace of the server that runs on {} (process {pid}); send the tablespace elsewhere with \
+                 --tablespace",
+                data.display()
+            ),
+            Self::OtherCluster { found, wanted } => write!(
+                f,
+                "is the data directory of another cluster: its system identifier is {found}, and that of the backup is \
+                 {wanted}"
+            ),
+            Self::NoCluster { reason } => write!(
+                f,
+                "is not empty and cannot be told to be an old state of this cluster: {reason}; give another directory, or \
+                 empty this one if nobody needs what is in it"
+            ),
+            Self::NotLinked { oid } => write!(
+                f,
+                "is not empty, and the data directory has no link to it as tablespace {oid}: whose files these are is not \
+                 known; empty it, or send the tablespace elsewhere with --tablespace"
+            ),
+        }
     }
 }
 
@@ -55,7 +114,7 @@ pub struct Owner {
     pub gid: u32,
 }
 
-/// Where everything goes. Every directory in it is absent or empty.
+/// Where everything goes. Every directory in it is absent or empty, or with `delta` an old state of the same cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Destination {
     /// The data directory, absolute.
@@ -64,18 +123,21 @@ pub struct Destination {
     pub tablespaces: BTreeMap<u32, PathBuf>,
     /// Set where files have to be given to somebody else, which only root can.
     pub owner: Option<Owner>,
+    /// What is there is brought up to the backup: [`super::delta::look`].
+    pub delta: bool,
+    /// Restore only some databases' files.
+    pub only: Option<Only>,
     /// What a person should know before it begins.
     pub notes: Vec<String>,
 }
 
-/// Looks at the place. Changes nothing.
+/// Looks at a place that should be empty. Changes nothing.
 ///
 /// # Errors
 /// [`RestoreError::Occupied`], [`RestoreError::Place`], [`RestoreError::Tablespace`], [`RestoreError::Io`].
 pub fn look(pgdata: &Path, moved: &[Moved], backup: &BackupInfo) -> Result<Destination, RestoreError> {
-    let absolute = std::path::absolute(pgdata).map_err(|source| RestoreError::io("find", pgdata, source))?;
-    let pgdata: PathBuf = absolute.components().collect(); // without `.` and a slash at the end
-    let tablespaces = tablespaces(&pgdata, moved, backup)?;
+    let pgdata = absolute(pgdata)?;
+    let tablespaces = tablespaces(&pgdata, moved, &BTreeMap::new(), backup)?;
     let data_there = must_be_empty(&pgdata)?;
     let mut notes = Vec::new();
     for (oid, dir) in &tablespaces {
@@ -88,11 +150,22 @@ pub fn look(pgdata: &Path, moved: &[Moved], backup: &BackupInfo) -> Result<Desti
     let places: Vec<&Path> =
         std::iter::once(pgdata.as_path()).chain(tablespaces.values().map(PathBuf::as_path)).collect();
     notes.extend(too_little_space(backup.bytes, &places));
-    Ok(Destination { pgdata, tablespaces, owner, notes })
+    Ok(Destination { pgdata, tablespaces, owner, delta: false, only: None, notes })
 }
 
-/// Where each tablespace goes.
-fn tablespaces(pgdata: &Path, moved: &[Moved], backup: &BackupInfo) -> Result<BTreeMap<u32, PathBuf>, RestoreError> {
+/// The data directory as an absolute path, without `.` and a slash at the end.
+pub(super) fn absolute(pgdata: &Path) -> Result<PathBuf, RestoreError> {
+    let absolute = std::path::absolute(pgdata).map_err(|source| RestoreError::io("find", pgdata, source))?;
+    Ok(absolute.components().collect())
+}
+
+/// Where each tablespace goes: where it was sent, or else where the data directory's link leads, or else where it was.
+pub(super) fn tablespaces(
+    pgdata: &Path,
+    moved: &[Moved],
+    links: &BTreeMap<u32, PathBuf>,
+    backup: &BackupInfo,
+) -> Result<BTreeMap<u32, PathBuf>, RestoreError> {
     let refuse = |given: &Moved, reason: &str| {
         let list = backup.tablespaces.iter().map(|known| format!("{} at {}", known.oid, known.location));
         let known = match backup.tablespaces.as_slice() {
@@ -102,8 +175,9 @@ fn tablespaces(pgdata: &Path, moved: &[Moved], backup: &BackupInfo) -> Result<BT
         let given = format!("{}={}", given.old, given.new.display());
         RestoreError::Tablespace { given, reason: reason.to_owned(), label: backup.label, known }
     };
+    let place = |oid: u32, was: &str| links.get(&oid).cloned().unwrap_or_else(|| PathBuf::from(was));
     let mut places: BTreeMap<u32, PathBuf> =
-        backup.tablespaces.iter().map(|known| (known.oid, PathBuf::from(&known.location))).collect();
+        backup.tablespaces.iter().map(|known| (known.oid, place(known.oid, &known.location))).collect();
     let mut given: BTreeMap<u32, &Moved> = BTreeMap::new();
     for moved in moved {
         let plain = |path: &str| path.trim_end_matches('/').to_owned();
@@ -135,7 +209,7 @@ fn tablespaces(pgdata: &Path, moved: &[Moved], backup: &BackupInfo) -> Result<BT
 }
 
 /// Whether the directory is there; refuses one that holds anything, and one that could not be made.
-fn must_be_empty(dir: &Path) -> Result<bool, RestoreError> {
+pub(super) fn must_be_empty(dir: &Path) -> Result<bool, RestoreError> {
     let mut entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -186,7 +260,7 @@ fn too_little_space(needed: u64, places: &[&Path]) -> Option<String> {
 }
 
 /// As root: the owner of the directory, or else of the one above it, since the server refuses to run as root.
-fn owner(pgdata: &Path, there: bool, notes: &mut Vec<String>) -> Result<Option<Owner>, RestoreError> {
+pub(super) fn owner(pgdata: &Path, there: bool, notes: &mut Vec<String>) -> Result<Option<Owner>, RestoreError> {
     if !rustix::process::geteuid().is_root() {
         return Ok(None);
     }

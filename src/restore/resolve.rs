@@ -4,17 +4,25 @@
 //! under their lengths and headers; WAL that could not be read to the end of its chain is told to the planner as damage, with
 //! the object's name. A base backup that is damaged is left out, said, and planned around.
 //!
+//! The index narrows, the WAL decides: where an index says that a transaction or restore point lies, the base backup before
+//! it is asked first, and its WAL read up to there; what is not found there is sought as if there were no index ([`super::said`]).
+//!
 //! Nothing is changed anywhere; every future may be dropped.
+
+use std::collections::BTreeSet;
 
 use futures_util::stream::{self, StreamExt};
 
 use super::RestoreError;
+use super::said;
 use crate::catalog::inventory::{ClusterInventory, Stretch};
-use crate::catalog::records::Manifest;
+use crate::catalog::records::{BackupInfo, Manifest};
 use crate::catalog::{CatalogError, Repository};
-use crate::plan::{EndOfWal, Options, Outcome, PlanError, Planning, Reading, RestorePlan, Seen, Stop, StopAt, Target};
-use crate::types::{Branch, ClusterId, ClusterName, Lsn, SegmentNumber, SegmentSize};
-use crate::wal::{Decoder, may_be_fact};
+use crate::plan::{
+    EndOfWal, NoKind, Options, Outcome, PlanError, Planning, Reading, RestorePlan, Seen, Stop, StopAt, Target,
+};
+use crate::types::{Branch, ClusterId, ClusterName, Id128, Lsn, SegmentNumber, SegmentSize};
+use crate::wal::{Decoder, PAGE_SIZE, may_be_fact};
 
 /// Segments are read ahead up to this many bytes, and at least one.
 const AHEAD_BYTES: u64 = 128 << 20;
@@ -107,7 +115,8 @@ pub async fn resolve_in(
         .map(|object| format!("{} is damaged and was not used: {}", object.name, object.reason))
         .collect();
     loop {
-        let mut plan = match search(repository, &inventory, target, options, progress).await? {
+        let mut keys = Keys::default();
+        let mut plan = match search(repository, &inventory, target, options, progress, &mut keys).await? {
             Ok(plan) => plan,
             Err(mut no) => {
                 no.hints.append(&mut remarks);
@@ -116,7 +125,10 @@ pub async fn resolve_in(
         };
         let label = plan.base.label;
         match manifest(repository, &cluster, &plan).await {
-            Ok(manifest) => {
+            Ok((manifest, of_base)) => {
+                plan.knows_keys(of_base);
+                let of_wal: Vec<Id128> = keys.of(&plan).collect();
+                plan.knows_keys(of_wal);
                 if plan.stop == Stop::Immediate {
                     plan.stop = Stop::At(consistent(repository, &inventory, &plan).await?);
                 }
@@ -134,6 +146,28 @@ pub async fn resolve_in(
     }
 }
 
+/// Content keys that opened WAL: of which branch, by the beginnings of the first and the last segment in a row.
+#[derive(Debug, Default)]
+struct Keys(Vec<(Branch, Lsn, Lsn, BTreeSet<Id128>)>);
+
+impl Keys {
+    fn met(&mut self, branch: Branch, at: Lsn, keys: BTreeSet<Id128>) {
+        match self.0.last_mut() {
+            Some((of, _, last, known)) if *of == branch && *last <= at && *known == keys => *last = at,
+            _ => self.0.push((branch, at, at, keys)),
+        }
+    }
+
+    /// Those of the WAL that a plan needs.
+    fn of<'k>(&'k self, plan: &'k RestorePlan) -> impl Iterator<Item = Id128> + use<'k> {
+        let is_needed = move |branch: Branch, first: Lsn, last: Lsn| {
+            plan.wal.iter().any(|need| need.branch == branch && need.from <= last && first < need.to)
+        };
+        let needed = self.0.iter().filter(move |(branch, first, last, _)| is_needed(*branch, *first, *last));
+        needed.flat_map(|(.., keys)| keys.iter().copied())
+    }
+}
+
 /// Plans over one picture of the repository.
 async fn search(
     repository: &Repository,
@@ -141,16 +175,38 @@ async fn search(
     target: &Target,
     options: &Options,
     progress: &(dyn Fn(WalRead) + Send + Sync),
+    keys: &mut Keys,
 ) -> Result<Result<RestorePlan, Box<PlanError>>, RestoreError> {
     let mut planning = match Planning::begin(inventory, target, options) {
         Ok(planning) => planning,
         Err(no) => return Ok(Err(no)),
     };
+    let tip = planning.chain().path.tip;
+    let said = said::of(repository, inventory, (tip, planning.oldest()), target).await;
+    if let Some(mut near) = said.as_ref().and_then(|said| planning.near(said.at)) {
+        let end = read(repository, inventory, &mut near, progress, keys).await?;
+        match near.finish(&end) {
+            Outcome::Yes(mut plan) => {
+                plan.warnings.extend(said.and_then(|said| said.warning));
+                return Ok(Ok(*plan));
+            }
+            Outcome::No(no) if no.kind == NoKind::Subtransaction => return Ok(Err(no)),
+            Outcome::No(_) | Outcome::Again(_) => {
+                tracing::debug!("the WAL does not say what its index says: it is searched from the beginning");
+            }
+        }
+    }
     loop {
-        let end = read(repository, inventory, &mut planning, progress).await?;
+        let end = read(repository, inventory, &mut planning, progress, keys).await?;
         match planning.finish(&end) {
-            Outcome::Yes(plan) => return Ok(Ok(*plan)),
-            Outcome::No(no) => return Ok(Err(no)),
+            Outcome::Yes(mut plan) => {
+                plan.warnings.extend(said.and_then(|said| said.warning));
+                return Ok(Ok(*plan));
+            }
+            Outcome::No(mut no) => {
+                no.hints.extend(said::elsewhere(repository, inventory, tip, target, &no).await);
+                return Ok(Err(no));
+            }
             Outcome::Again(next) => planning = *next,
         }
     }
@@ -191,14 +247,15 @@ async fn consistent(
     let Some(from) = stretches.first().map(|stretch| stretch.from) else {
         return Err(RestoreError::Contradiction { label, reason: "no WAL belongs to it".to_owned() });
     };
-    let mut decoder = Decoder::new(from, size).expecting(Some(inventory.id.system), None).only(|_, _| false);
+    let begin = first_read(&plan.base, from);
+    let mut decoder = Decoder::new(begin, size).expecting(Some(inventory.id.system), None).only(|_, _| false);
     for part in parts(&stretches, size) {
         let path = inventory.path_of(part.branch);
         let mut segment =
             repository.read_segment(&inventory.id, part.branch, part.segment, size, path.as_ref()).await?;
         let wanted = part.to.bytes_since(part.segment.start(size)).unwrap_or(0);
         segment.bytes.truncate(usize::try_from(wanted).unwrap_or(usize::MAX));
-        decoder.push(segment.bytes);
+        decoder.push(behind(segment.bytes, part.segment.start(size), begin));
         let damaged = |source| RestoreError::Wal { label, source };
         while decoder.next().map_err(damaged)?.is_some() {}
     }
@@ -211,18 +268,31 @@ async fn consistent(
     }
 }
 
+/// The page from which on recovery reads: what lies before it in the first segment, from `from` on, may be damaged.
+fn first_read(base: &BackupInfo, from: Lsn) -> Lsn {
+    Lsn::new(base.start.get() / PAGE_SIZE * PAGE_SIZE).max(from)
+}
+
+/// Of `bytes`, which begin at `at`, those from `begin` on.
+fn behind(mut bytes: Vec<u8>, at: Lsn, begin: Lsn) -> Vec<u8> {
+    let before = usize::try_from(begin.bytes_since(at).unwrap_or(0)).unwrap_or(usize::MAX);
+    bytes.split_off(before.min(bytes.len()))
+}
+
 /// Reads the chain in question and pushes what it holds, until the planner has enough or the WAL ends.
 async fn read(
     repository: &Repository,
     inventory: &ClusterInventory,
     planning: &mut Planning<'_>,
     progress: &(dyn Fn(WalRead) + Send + Sync),
+    keys: &mut Keys,
 ) -> Result<EndOfWal, CatalogError> {
     let chain = planning.chain().clone();
     let size = chain.base.segment_size;
     let Some(from) = chain.wal.first().map(|stretch| stretch.from) else { return Ok(EndOfWal::default()) };
     let total = chain.held_to.bytes_since(from).unwrap_or(0);
-    let mut decoder = Decoder::new(from, size).expecting(Some(inventory.id.system), Some(chain.path.tip.timeline));
+    let begin = first_read(&chain.base, from);
+    let mut decoder = Decoder::new(begin, size).expecting(Some(inventory.id.system), Some(chain.path.tip.timeline));
     if !planning.wants_every_record() {
         decoder = decoder.only(may_be_fact);
     }
@@ -245,6 +315,7 @@ async fn read(
             Err(error) => return Err(error),
         };
         let begins = part.segment.start(size);
+        keys.met(part.branch, begins, std::mem::take(&mut segment.keys));
         let wanted = part.to.bytes_since(begins).unwrap_or(0);
         let short = (segment.bytes.len() as u64) < wanted;
         if short {
@@ -256,7 +327,7 @@ async fn read(
             damage = Some(why);
         }
         segment.bytes.truncate(usize::try_from(wanted).unwrap_or(usize::MAX));
-        decoder.push(segment.bytes);
+        decoder.push(behind(segment.bytes, begins, begin));
         loop {
             let seen = match decoder.next() {
                 Ok(None) => break,
@@ -297,24 +368,28 @@ fn ends_a_chain(error: &CatalogError) -> bool {
     error.is_damage() || matches!(error, CatalogError::Disagreement { .. } | CatalogError::SegmentSize { .. })
 }
 
-/// The base backup's manifest, after everything that it names was seen to be there.
-async fn manifest(repository: &Repository, cluster: &ClusterId, plan: &RestorePlan) -> Result<Manifest, CatalogError> {
+/// The base backup's manifest, after everything that it names was seen to be there and to open, and the content keys of that.
+async fn manifest(
+    repository: &Repository,
+    cluster: &ClusterId,
+    plan: &RestorePlan,
+) -> Result<(Manifest, BTreeSet<Id128>), CatalogError> {
     let manifest = repository.get_manifest(cluster, plan.base.label).await?;
-    let packs =
-        stream::iter(&manifest.packs).map(|pack| async move { repository.open_pack(cluster, pack).await.map(drop) });
+    let mut keys = BTreeSet::new();
+    let packs = stream::iter(&manifest.packs).map(|pack| repository.open_pack(cluster, pack));
     let mut packs = packs.buffer_unordered(CHECKS_AT_ONCE);
     while let Some(checked) = packs.next().await {
-        checked?;
+        keys.extend(checked?.key_id());
     }
     drop(packs);
-    let parts = stream::iter(manifest.tables.iter().chain(&manifest.server_manifest))
-        .map(|part| async move { repository.open_part(cluster, part).await.map(drop) });
-    let mut parts = parts.buffer_unordered(CHECKS_AT_ONCE);
+    let parts = manifest.tables.iter().chain(&manifest.server_manifest);
+    let mut parts =
+        stream::iter(parts).map(|part| repository.open_part(cluster, part)).buffer_unordered(CHECKS_AT_ONCE);
     while let Some(checked) = parts.next().await {
-        checked?;
+        keys.extend(checked?.key_id());
     }
     drop(parts);
-    Ok(manifest)
+    Ok((manifest, keys))
 }
 
 #[cfg(test)]

@@ -11,9 +11,12 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::RestoreError;
+use super::spent::{Spent, Stage};
 use crate::catalog::copy::same_backup;
 use crate::catalog::layout::PackName;
+use crate::catalog::reader::ReadTimes;
 use crate::catalog::records::{Manifest, PackRef, PartRef};
+use crate::catalog::tags::Tagger;
 use crate::catalog::{CatalogError, ObjectReader, Repository};
 use crate::types::{BackupLabel, ClusterId};
 
@@ -38,12 +41,14 @@ pub struct Sources {
     all: Vec<Source>,
     /// Why a source was left, by its name.
     left: Mutex<BTreeMap<String, String>>,
+    spent: Spent,
 }
 
 impl Sources {
     /// One repository, with the manifest that the plan was made with.
     pub fn new(repository: Repository, cluster: ClusterId, manifest: Manifest) -> Sources {
-        Sources { cluster, all: vec![Source::new(repository, manifest)], left: Mutex::default() }
+        let all = vec![Source::new(repository, manifest)];
+        Sources { cluster, all, left: Mutex::default(), spent: Spent::default() }
     }
 
     /// Adds a repository that takes over, if it has the same base backup; `false` if it does not.
@@ -79,6 +84,17 @@ impl Sources {
     /// Their names, in the order in which they are asked at first.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.all.iter().map(|source| source.repository.name())
+    }
+
+    /// How far the restore from here is, and where its time goes.
+    pub fn spent(&self) -> &Spent {
+        &self.spent
+    }
+
+    /// The tagger of the realm in which the plan's manifest lies: of its tags, where it names any. Copies in other realms have
+    /// none.
+    pub(super) fn tagger(&self) -> Option<Tagger> {
+        self.all.first().map(|source| source.repository.tagger())
     }
 
     /// What happened, a sentence for each source that was left.
@@ -133,7 +149,9 @@ impl Sources {
                 read_twice(&reader, from, to).await
             };
             let read = asking.timed(source, read).await;
-            if let Some(bytes) = asking.judge(source, read)? {
+            if let Some((bytes, times)) = asking.judge(source, read)? {
+                self.spent.add(Stage::Fetch, times.fetch);
+                self.spent.add(Stage::Open, times.open);
                 return Ok(bytes);
             }
         }
@@ -144,16 +162,16 @@ impl Sources {
         PartReader { sources: self, part: part.clone(), at: 0, open: None, len: None }
     }
 
-    fn contradiction(&self, reason: String) -> RestoreError {
+    pub(super) fn contradiction(&self, reason: String) -> RestoreError {
         let label = self.label().unwrap_or_else(|| BackupLabel::at(jiff::Timestamp::UNIX_EPOCH));
         RestoreError::Contradiction { label, reason }
     }
 }
 
 /// What does not open may have been spoilt on the way: what is spoilt at its place fails again.
-async fn read_twice(reader: &ObjectReader, from: u64, to: u64) -> Result<Vec<u8>, RestoreError> {
-    match reader.read(from..to).await {
-        Err(error) if error.is_damage() => Ok(reader.read(from..to).await?),
+async fn read_twice(reader: &ObjectReader, from: u64, to: u64) -> Result<(Vec<u8>, ReadTimes), RestoreError> {
+    match reader.read_timed(from..to).await {
+        Err(error) if error.is_damage() => Ok(reader.read_timed(from..to).await?),
         read => Ok(read?),
     }
 }
@@ -220,7 +238,7 @@ impl Source {
 
     /// The piece as this source has it.
     fn part(&self, part: &PartRef) -> Option<&PartRef> {
-        let all = self.manifest.tables.iter().chain(&self.manifest.server_manifest);
+        let all = self.manifest.tables.iter().chain(&self.manifest.tags).chain(&self.manifest.server_manifest);
         all.into_iter().find(|own| own.part == part.part)
     }
 }
@@ -297,7 +315,7 @@ impl PartReader<'_> {
                     return Err(CatalogError::Inconsistent { repository, name, reason }.into());
                 }
                 let to = reader.plaintext_len().min(at.saturating_add(CHUNK));
-                let bytes = if at < to { Some(read_twice(&reader, at, to).await?) } else { None };
+                let bytes = if at < to { Some(read_twice(&reader, at, to).await?.0) } else { None };
                 Ok(((name.to_owned(), reader), bytes))
             };
             let read = asking.timed(source, read).await;

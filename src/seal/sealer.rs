@@ -342,6 +342,23 @@ impl SequentialSealer {
         Ok(parts)
     }
 
+    /// As [`SequentialSealer::push`], of bytes behind which more will come: whole frames are sealed where they lie.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn push_followed(&mut self, bytes: &[u8]) -> Result<Vec<Bytes>, SealError> {
+        if !self.waiting.is_empty() || self.full.is_some() {
+            return self.push(bytes);
+        }
+        let (frames, rest) = bytes.as_chunks::<MAX_FRAME>();
+        let mut parts = Vec::with_capacity(frames.len() + 1);
+        for frame in frames {
+            self.seal(&mut parts, false, frame)?;
+        }
+        self.waiting.extend_from_slice(rest);
+        Ok(parts)
+    }
+
     /// Takes the next bytes; returns the parts of the object that are complete by now (often none).
     ///
     /// # Errors

@@ -638,14 +638,22 @@ proptest! {
     /// Whether bytes are handed over in whole frames or in pieces, the same plaintext comes out, and every frame but the
     /// last is full.
     #[test]
-    fn frames_that_are_not_copied_are_the_same_frames(pieces in vec(prop_oneof![Just(MAX_FRAME), 1usize..MAX_FRAME], 0..5)) {
+    fn frames_that_are_not_copied_are_the_same_frames(
+        pieces in vec(prop_oneof![Just(MAX_FRAME), Just(2 * MAX_FRAME), 1usize..MAX_FRAME], 0..5),
+        followed in any::<bool>(),
+    ) {
+        let count = pieces.len();
         let keys = keys();
         let frames = FrameKey::Content(&keys.content);
         let mut sealer = SequentialSealer::new(keys.file.meta_key(), frames, &bound(Kind::WalRange), Codec::Lz4).unwrap();
         let (mut object, mut all) = (Vec::new(), Vec::new());
         for (number, len) in pieces.into_iter().enumerate() {
             let piece: Vec<u8> = plaintext(len).into_iter().map(|byte| byte ^ number as u8).collect();
-            object.extend(sealer.push_shared(Bytes::from(piece.clone())).unwrap());
+            object.extend(match followed {
+                true if number + 1 < count => sealer.push_followed(&piece).unwrap(),
+                true => sealer.push(&piece).unwrap(),
+                false => sealer.push_shared(Bytes::from(piece.clone())).unwrap(),
+            });
             all.extend(piece);
             prop_assert_eq!(sealer.plaintext_len(), all.len() as u64);
         }

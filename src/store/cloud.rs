@@ -37,6 +37,8 @@ const REQUEST: Duration = Duration::from_secs(300);
 const CONNECT: Duration = Duration::from_secs(10);
 /// Most names that one request asks for: what Google gives; Azure would give 5000.
 const MAX_KEYS: usize = 1000;
+/// What Google and Azure say of an object that is not there.
+const NO_OBJECT: [&str; 2] = ["NoSuchKey", "BlobNotFound"];
 /// What of a service's answer goes into a message.
 const MAX_MESSAGE: usize = 600;
 
@@ -207,12 +209,19 @@ impl CloudStore {
         }
     }
 
-    /// Is the bucket there? A HEAD request has no body that could say which of the two is missing.
-    async fn bucket_is_there(&self) -> Result<(), StoreError> {
+    /// What a 404 means that does not say what is missing: an answer to HEAD has no body, and one may come from something
+    /// between us and the service. P7: an object is missing when the bucket is there and does not list it.
+    async fn missing(&self, op: Op, key: &Key) -> StoreError {
         let options = PaginatedListOptions { max_keys: Some(1), ..PaginatedListOptions::default() };
-        let prefix = (!self.prefix.is_empty()).then_some(self.prefix.as_str());
-        let listed = self.pages.list_paginated(prefix, options).await;
-        listed.map(drop).map_err(|error| self.error(Op::List, "", None, &error))
+        let name = format!("{}{key}", self.prefix);
+        match self.pages.list_paginated(Some(&name), options).await {
+            Ok(page) if page.result.objects.iter().any(|meta| meta.location.as_ref() == name) => {
+                let source = "the service said 404 of an object that it lists".into();
+                StoreError::Unavailable { op, at: self.at(key.as_str()), source }
+            }
+            Ok(_) => StoreError::NotFound { key: key.clone() },
+            Err(error) => self.error(Op::List, "", None, &error),
+        }
     }
 
     /// Reads the object if it is as long as `body`, and compares.
@@ -328,7 +337,12 @@ impl Store for CloudStore {
         let got = match self.objects.get_opts(&path, options).await {
             Ok(got) => got,
             Err(error) => {
+                let says_what = |text: &str| NO_OBJECT.iter().any(|code| text.contains(code));
+                let is_bare = !says_what(&message(&error));
                 let error = self.error(Op::Get, key.as_str(), Some(key), &error);
+                if error.is_not_found() && is_bare {
+                    return Err(self.missing(Op::Get, key).await);
+                }
                 let Some(range) = range.filter(|_| error.is_transient()) else { return Err(error) };
                 // A range that begins behind the end is an error to them, and no bytes to us.
                 return match self.head(key).await {
@@ -362,10 +376,7 @@ impl Store for CloudStore {
             Ok(meta) => Ok(ObjectMeta { key: key.clone(), len: meta.size, modified: moment(&meta) }),
             Err(error) => {
                 let error = self.error(Op::Head, key.as_str(), Some(key), &error);
-                if error.is_not_found() {
-                    self.bucket_is_there().await?;
-                }
-                Err(error)
+                Err(if error.is_not_found() { self.missing(Op::Head, key).await } else { error })
             }
         }
     }

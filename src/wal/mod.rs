@@ -40,7 +40,10 @@ pub use decoder::Decoder;
 pub use error::WalDamage;
 pub use page::{PAGE_SIZE, PageHeader, PageWatch, check_page};
 pub use record::{BlockRef, Compression, Fork, Fragments, Image, Record, RelFile, rmgr};
-pub use summary::{Changes, End, Kinds, Part, Summarizer, Touched, is_newer, join, kinds, marks, may_be_summarized};
+pub use summary::{
+    Changes, End, Kinds, Landmark, LandmarkKind, Part, Summarizer, Touched, is_newer, join, kinds, marks,
+    may_be_summarized,
+};
 pub use tail::{WalEnd, pad_open_segment, wal_end};
 pub use transaction::{Checkpoint, Fact, Parameters, WalLevel, fact, may_be_fact};
 pub use version::{WalFormat, format_of_magic, format_of_major};

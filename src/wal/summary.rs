@@ -1,5 +1,5 @@
 //! What each transaction did, folded from records as they come: which relations it touched and how, how much WAL it wrote,
-//! when and how it ended.
+//! when and how it ended; and [`Landmark`]s: restore points and changes of parameters, which belong to no transaction.
 //!
 //! What always holds: a summary depends on the records alone, not on how their bytes were sliced. A transaction that began
 //! before the first record, or goes on after the last one, has a [`Part`] on either side; [`join`] makes one of them.
@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use super::error::WalDamage;
 use super::page::{u16_at, u32_at};
 use super::record::{Fork, Record, RelFile, rmgr};
-use super::transaction::{Fact, dropped_relations, fact};
+use super::transaction::{Fact, PARAMETER_CHANGE, Parameters, RESTORE_POINT, dropped_relations, fact};
 use crate::types::{Lsn, PgTimestamp};
 
 /// Relations that are told apart within one transaction.
@@ -198,11 +198,37 @@ pub fn may_be_summarized(rmgr: u8, _info: u8) -> bool {
     rmgr != rmgr::LOGICALMSG
 }
 
+/// A record that ends no transaction, and that people and plans look for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Landmark {
+    /// Its first byte.
+    pub start: Lsn,
+    /// Where the next record may begin.
+    pub end: Lsn,
+    /// What it says.
+    pub what: LandmarkKind,
+}
+
+/// What a landmark says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LandmarkKind {
+    /// `pg_create_restore_point`. Names may repeat.
+    RestorePoint {
+        /// As in [`Fact::RestorePoint`].
+        name: String,
+        /// When, by the server's clock.
+        time: PgTimestamp,
+    },
+    /// Settings that a restored server must not have lower. The record has no time.
+    Parameters(Parameters),
+}
+
 /// Folds records into parts of transactions.
 #[derive(Debug, Default)]
 pub struct Summarizer {
     open: HashMap<u32, Part>,
     ended: Vec<Part>,
+    landmarks: Vec<Landmark>,
     /// The greatest xid in the order in which they are given, which wraps.
     newest: Option<u32>,
 }
@@ -243,6 +269,14 @@ impl Summarizer {
         {
             return self.push_end(record, fact);
         }
+        if record.rmgr == rmgr::XLOG && matches!(record.info & INFO_MASK, RESTORE_POINT | PARAMETER_CHANGE) {
+            let what = match fact(record)? {
+                Some(Fact::RestorePoint { name, time }) => Some(LandmarkKind::RestorePoint { name, time }),
+                Some(Fact::ParameterChange(parameters)) => Some(LandmarkKind::Parameters(parameters)),
+                _ => None,
+            };
+            self.landmarks.extend(what.map(|what| Landmark { start: record.start, end: record.end, what }));
+        }
         if record.xid == 0 {
             return Ok(());
         }
@@ -274,6 +308,11 @@ impl Summarizer {
     /// Transactions that ended since they were last taken, in the order of their ends.
     pub fn take_ended(&mut self) -> Vec<Part> {
         std::mem::take(&mut self.ended)
+    }
+
+    /// Landmarks since they were last taken, in order.
+    pub fn take_landmarks(&mut self) -> Vec<Landmark> {
+        std::mem::take(&mut self.landmarks)
     }
 
     /// The transactions that go on, by xid; forgets them, and everything else.
@@ -411,13 +450,13 @@ impl Seen {
     }
 }
 
-/// What a transaction was.
+/// What a transaction was, or what a landmark is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Kinds(u16);
 
 impl Kinds {
     /// Every kind with its name, in the order in which they are shown.
-    pub const ALL: [(&'static str, Kinds); 9] = [
+    pub const ALL: [(&'static str, Kinds); 11] = [
         ("drop", Kinds(1)),
         ("truncate", Kinds(2)),
         ("rewrite", Kinds(4)),
@@ -427,7 +466,11 @@ impl Kinds {
         ("update", Kinds(64)),
         ("delete", Kinds(128)),
         ("aborted", Kinds(256)),
+        ("restore-point", Kinds(512)),
+        ("parameters", Kinds(1024)),
     ];
+    /// Those of transactions.
+    pub const OF_TRANSACTIONS: Kinds = Kinds(511);
     /// Files or a database are gone.
     pub const DROP: Kinds = Kinds(1);
     /// A table was emptied by TRUNCATE.
@@ -446,6 +489,10 @@ impl Kinds {
     pub const DELETE: Kinds = Kinds(128);
     /// Rolled back.
     pub const ABORTED: Kinds = Kinds(256);
+    /// No transaction: a restore point.
+    pub const RESTORE_POINT: Kinds = Kinds(512);
+    /// No transaction: a change of parameters.
+    pub const PARAMETERS: Kinds = Kinds(1024);
 
     /// The kind of this name.
     pub fn named(name: &str) -> Option<Kinds> {
@@ -466,6 +513,11 @@ impl Kinds {
     /// The names of what it was.
     pub fn names(self) -> impl Iterator<Item = &'static str> {
         Kinds::ALL.iter().filter(move |(_, kind)| self.meets(*kind)).map(|(name, _)| *name)
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
     }
 
     fn set(&mut self, kind: Kinds, if_so: bool) {

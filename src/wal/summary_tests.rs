@@ -54,6 +54,37 @@ fn summarize(wal: &WalBuilder, slices: &[usize]) -> (Vec<Part>, Vec<Part>) {
     (ended, summarizer.take_open())
 }
 
+/// Landmarks lie between transactions, whatever has an xid.
+#[test]
+fn restore_points_and_parameters_are_landmarks() {
+    for major in 13..=18 {
+        let mut wal = WalBuilder::new(major, SegmentSize::new(1 << 20).unwrap(), Lsn::new(1 << 20));
+        wal.record(HEAP, 0, 7, &heap(16384, 10));
+        let mut named = 77i64.to_le_bytes().to_vec();
+        named.extend(b"before release\0");
+        named.resize(72, 0xEE); // what lay on the server's stack
+        let point = wal.record(rmgr::XLOG, 0x70, 0, &main_fragment(&named));
+        let mut settings: Vec<u8> = [100, 8, 10, 2, 64, 1].iter().flat_map(|n: &i32| n.to_le_bytes()).collect();
+        settings.extend([1, 0]);
+        let change = wal.record(rmgr::XLOG, 0x60, 0, &main_fragment(&settings));
+        commit(&mut wal, 7, &[]);
+        let (mut decoder, mut summarizer) =
+            (Decoder::new(wal.start, wal.size).only(may_be_summarized), Summarizer::new());
+        decoder.push(wal.bytes.clone());
+        while let Some(record) = decoder.next().unwrap() {
+            summarizer.push(&record).unwrap();
+        }
+        let found = summarizer.take_landmarks();
+        assert_eq!(found.iter().map(|landmark| landmark.start).collect::<Vec<_>>(), [point, change], "{major}");
+        let time = crate::types::PgTimestamp::new(77);
+        assert_eq!(found[0].what, LandmarkKind::RestorePoint { name: "before release".to_owned(), time });
+        let LandmarkKind::Parameters(parameters) = &found[1].what else { panic!("{found:?}") };
+        assert_eq!((parameters.max_connections, parameters.wal_level), (100, WalLevel::Replica));
+        assert!(parameters.wal_log_hints && !parameters.track_commit_timestamp);
+        assert_eq!((summarizer.take_ended().len(), summarizer.take_landmarks()), (1, Vec::new()));
+    }
+}
+
 proptest! {
     #[test]
     fn any_slices_give_the_same_summaries(

@@ -23,7 +23,7 @@ plain() {
     as rm -rf "$WORK/plain" "$WORK/unpacked"
 }
 keep() {
-    timed as "$pgkeep" -q --config "$WORK/keep/pgkeep.toml" backup >/dev/null
+    timed as "$pgkeep" -q --config "$WORK/keep/pgkeep.toml" backup --full >/dev/null
     keep_backup=$taken
     timed as "$pgkeep" -q --config "$WORK/keep/pgkeep.toml" restore --to immediate --pgdata "$WORK/restored" >/dev/null
     keep_restore=$taken

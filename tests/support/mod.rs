@@ -7,6 +7,7 @@
 #![allow(dead_code, unreachable_pub)] // each test binary uses a part of it
 
 pub mod archiver;
+pub mod backups;
 pub mod rig;
 pub mod several;
 

@@ -191,6 +191,12 @@ impl Rig {
         assert!(ok(child.wait()).success(), "{}", fs::read_to_string(self.path("run.log")).unwrap_or_default());
     }
 
+    /// STOP: it takes nothing until CONT.
+    pub fn signal_archiver(&self, signal: rustix::process::Signal) {
+        let child = self.archiver.as_ref().expect("an archiver");
+        ok(rustix::process::kill_process(rustix::process::Pid::from_child(child), signal));
+    }
+
     /// Waits until a transaction's end is archived in `main`.
     pub fn wait_for(&self, xid: &str) {
         self.wait_for_on(xid, "latest");

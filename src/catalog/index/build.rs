@@ -106,6 +106,9 @@ impl Ranges {
         for part in self.summarizer.take_ended() {
             self.writer.push(&part);
         }
+        for landmark in self.summarizer.take_landmarks() {
+            self.writer.push_landmark(&landmark);
+        }
         Ok(())
     }
 
@@ -251,7 +254,7 @@ impl Repository {
     }
 
     /// Complete segments of which no index is there, in ranges. `all`: indexes that are there are read, and what does not
-    /// open counts as missing.
+    /// open, or is of an older version, counts as missing.
     ///
     /// # Errors
     /// What the store says.
@@ -264,6 +267,7 @@ impl Repository {
                 let mut good = Vec::new();
                 for range in ranges {
                     match self.get_index(&range).await {
+                        Ok(file) if file.landmarks.is_none() => {}
                         Ok(_) => good.push(range),
                         Err(error) if error.is_damage() => {
                             tracing::warn!(branch = %range.branch, from = %range.from, %error, "an index does not open");

@@ -1,17 +1,25 @@
 //! The bytes of an index object: transactions in columns, so that what is alike lies side by side and shrinks.
 //!
 //! `docs/format.md` specifies it. Numbers are LEB128; signed ones are zigzag. A column is its length in bytes and then its
-//! numbers, one for each transaction. What a transaction touched is a *pattern*: many transactions share one.
+//! numbers, one for each transaction. What a transaction touched is a *pattern*: many transactions share one. Behind them
+//! come the landmarks, restore points and changes of parameters, since version 2.
 //! Reading never allocates by a number that it was merely told, and never panics.
 
 use std::collections::HashMap;
 
 use super::IndexNote;
 use crate::types::{Lsn, PgTimestamp};
-use crate::wal::{Changes, End, Part, RelFile, Touched};
+use crate::wal::{Changes, End, Landmark, LandmarkKind, Parameters, Part, RelFile, Touched, WalLevel};
 
 /// The version of these bytes.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
+/// The one before, without landmarks. It is still read.
+const WITHOUT_LANDMARKS: u64 = 1;
+/// Landmarks that are kept of one range; what is beyond is counted.
+pub const LANDMARKS_MAX: u64 = 1 << 16;
+
+const RESTORE_POINT: u64 = 1;
+const PARAMETERS: u64 = 2;
 
 const ABORTED: u64 = 1;
 const PREPARED: u64 = 2;
@@ -173,8 +181,74 @@ pub struct IndexWriter {
     patterns: HashMap<Vec<u8>, u64>,
     pattern_bytes: Vec<u8>,
     columns: [Columns; 2],
+    landmarks: Landmarks,
     times: Option<(PgTimestamp, PgTimestamp)>,
     xids: Option<(u32, u32)>,
+}
+
+/// Landmarks as they are written.
+#[derive(Debug, Default)]
+struct Landmarks {
+    bytes: Vec<u8>,
+    last: u64,
+    restore_points: u64,
+    parameter_changes: u64,
+    left_out: u64,
+}
+
+impl Landmarks {
+    fn push(&mut self, landmark: &Landmark) {
+        let (kind, count) = match landmark.what {
+            LandmarkKind::RestorePoint { .. } => (RESTORE_POINT, &mut self.restore_points),
+            LandmarkKind::Parameters(_) => (PARAMETERS, &mut self.parameter_changes),
+        };
+        *count += 1;
+        if self.restore_points + self.parameter_changes > LANDMARKS_MAX {
+            self.left_out += 1;
+            return;
+        }
+        let start = landmark.start.get();
+        put(&mut self.bytes, kind);
+        put_signed(&mut self.bytes, start.wrapping_sub(self.last).cast_signed());
+        put(&mut self.bytes, landmark.end.get().saturating_sub(start));
+        let mut body = Vec::new();
+        match &landmark.what {
+            LandmarkKind::RestorePoint { name, time } => {
+                put_signed(&mut body, time.micros());
+                body.extend_from_slice(name.as_bytes());
+            }
+            LandmarkKind::Parameters(parameters) => put_parameters(&mut body, parameters),
+        }
+        put(&mut self.bytes, body.len() as u64);
+        self.bytes.extend_from_slice(&body);
+        self.last = start;
+    }
+
+    fn write(&self, out: &mut Vec<u8>) {
+        put(out, self.restore_points + self.parameter_changes - self.left_out);
+        out.extend_from_slice(&self.bytes);
+        put(out, self.left_out);
+    }
+}
+
+fn put_parameters(out: &mut Vec<u8>, parameters: &Parameters) {
+    let p = parameters;
+    for number in [
+        p.max_connections,
+        p.max_worker_processes,
+        p.max_wal_senders,
+        p.max_prepared_transactions,
+        p.max_locks_per_transaction,
+    ] {
+        put_signed(out, i64::from(number));
+    }
+    let level = match p.wal_level {
+        WalLevel::Minimal => 0,
+        WalLevel::Replica => 1,
+        WalLevel::Logical => 2,
+    };
+    put(out, level);
+    put(out, u64::from(p.wal_log_hints) | u64::from(p.track_commit_timestamp) << 1);
 }
 
 impl IndexWriter {
@@ -187,6 +261,7 @@ impl IndexWriter {
             patterns: HashMap::new(),
             pattern_bytes: Vec::new(),
             columns: Default::default(),
+            landmarks: Landmarks::default(),
             times: None,
             xids: None,
         }
@@ -200,7 +275,7 @@ impl IndexWriter {
     /// Bytes of memory that what was taken holds, roughly.
     pub fn len(&self) -> usize {
         let columns = self.columns.iter().flat_map(Columns::all).map(Vec::len).sum::<usize>();
-        columns + self.relation_bytes.len() * 2 + self.pattern_bytes.len() * 2
+        columns + self.relation_bytes.len() * 2 + self.pattern_bytes.len() * 2 + self.landmarks.bytes.len()
     }
 
     /// Nothing was taken.
@@ -219,12 +294,24 @@ impl IndexWriter {
         }
         match &part.end {
             Some(end) => {
-                let (first, last) = self.times.unwrap_or((end.time, end.time));
-                self.times = Some((first.min(end.time), last.max(end.time)));
                 ended.push(part, pattern);
+                self.spans(end.time);
             }
             None => open.push(part, pattern),
         }
+    }
+
+    /// The next landmark, in order.
+    pub fn push_landmark(&mut self, landmark: &Landmark) {
+        if let LandmarkKind::RestorePoint { time, .. } = landmark.what {
+            self.spans(time);
+        }
+        self.landmarks.push(landmark);
+    }
+
+    fn spans(&mut self, time: PgTimestamp) {
+        let (first, last) = self.times.unwrap_or((time, time));
+        self.times = Some((first.min(time), last.max(time)));
     }
 
     fn pattern(&mut self, part: &Part) -> u64 {
@@ -275,6 +362,7 @@ impl IndexWriter {
         let [ended, open] = &self.columns;
         ended.write(&mut out);
         open.write(&mut out);
+        self.landmarks.write(&mut out);
         let note = IndexNote {
             from: self.from,
             to,
@@ -285,6 +373,8 @@ impl IndexWriter {
             lowest_xid: self.xids.map(|(low, _)| low),
             highest_xid: self.xids.map(|(_, high)| high),
             newest_xid,
+            restore_points: Some(self.landmarks.restore_points),
+            parameter_changes: Some(self.landmarks.parameter_changes),
         };
         (out, note)
     }
@@ -310,6 +400,10 @@ pub struct IndexFile {
     pub to: Lsn,
     /// By number.
     pub patterns: Vec<Pattern>,
+    /// Restore points and changes of parameters, in order; `None` in an index of version 1, which tells none.
+    pub landmarks: Option<Vec<Landmark>>,
+    /// Landmarks that were too many to keep.
+    pub landmarks_left_out: u64,
     bytes: Vec<u8>,
     /// Offset of the columns in `bytes`.
     columns: usize,
@@ -341,9 +435,9 @@ impl IndexFile {
     /// [`IndexError`].
     pub fn read(bytes: Vec<u8>) -> Result<IndexFile, IndexError> {
         let mut cursor = Cursor(&bytes);
-        match cursor.get()? {
-            VERSION => {}
-            newer => return Err(IndexError::Version(newer)),
+        let version = cursor.get()?;
+        if !matches!(version, VERSION | WITHOUT_LANDMARKS) {
+            return Err(IndexError::Version(version));
         }
         let major = cursor.u32()?;
         let (from, to) = (Lsn::new(cursor.get()?), Lsn::new(cursor.get()?));
@@ -374,12 +468,19 @@ impl IndexFile {
             patterns.push(Pattern { touched, others: pattern.get()? });
         }
         let columns = bytes.len() - cursor.0.len();
-        let file = IndexFile { major, from, to, patterns, bytes, columns };
-        file.lists()?;
+        let (landmarks, landmarks_left_out) = (None, 0);
+        let mut file = IndexFile { major, from, to, patterns, landmarks, landmarks_left_out, bytes, columns };
+        let (_, mut cursor) = file.lists()?;
+        if version == VERSION {
+            let landmarks = read_landmarks(&mut cursor)?;
+            let left_out = cursor.get()?;
+            (file.landmarks, file.landmarks_left_out) = (Some(landmarks), left_out);
+        }
         Ok(file)
     }
 
-    fn lists(&self) -> Result<[Entries<'_>; 2], IndexError> {
+    /// Both lists of transactions, and what lies behind them.
+    fn lists(&self) -> Result<([Entries<'_>; 2], Cursor<'_>), IndexError> {
         let mut cursor = Cursor(self.bytes.get(self.columns..).unwrap_or_default());
         let mut lists = [Entries::default(), Entries::default()];
         for (list, has_end) in lists.iter_mut().zip([true, false]) {
@@ -390,17 +491,22 @@ impl IndexFile {
             }
             *list = Entries { left, columns, has_end, last: (0, 0, 0), patterns: self.patterns.len() };
         }
-        Ok(lists)
+        Ok((lists, cursor))
+    }
+
+    /// As it was read.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 
     /// The transactions that ended in it, in the order of their ends.
     pub fn ended(&self) -> Entries<'_> {
-        self.lists().map(|[ended, _]| ended).unwrap_or_default() // invariant: looked at when it was read
+        self.lists().map(|([ended, _], _)| ended).unwrap_or_default() // invariant: looked at when it was read
     }
 
     /// Those that went on after it.
     pub fn open(&self) -> Entries<'_> {
-        self.lists().map(|[_, open]| open).unwrap_or_default() // invariant: as above
+        self.lists().map(|([_, open], _)| open).unwrap_or_default() // invariant: as above
     }
 
     /// The whole part of an entry.
@@ -408,6 +514,53 @@ impl IndexFile {
         let pattern = self.patterns.get(entry.pattern).cloned().unwrap_or_default();
         Part { touched: pattern.touched, others: pattern.others, ..entry.part.clone() }
     }
+}
+
+/// Those of an unknown kind are passed over: a newer pgkeep wrote them.
+fn read_landmarks(cursor: &mut Cursor<'_>) -> Result<Vec<Landmark>, IndexError> {
+    let (mut landmarks, mut last) = (Vec::new(), 0u64);
+    for _ in 0..cursor.count()? {
+        let kind = cursor.get()?;
+        let start = last.wrapping_add(cursor.signed()?.cast_unsigned());
+        let end = Lsn::new(start).advance(cursor.get()?);
+        let mut body = Cursor(cursor.bytes()?);
+        last = start;
+        let what = match kind {
+            RESTORE_POINT => {
+                let time = PgTimestamp::new(body.signed()?);
+                let name = std::str::from_utf8(body.0);
+                let name = name.map_err(|_| IndexError::Shape("a restore point's name is no text"))?.to_owned();
+                LandmarkKind::RestorePoint { name, time }
+            }
+            PARAMETERS => LandmarkKind::Parameters(read_parameters(&mut body)?),
+            _ => continue,
+        };
+        landmarks.push(Landmark { start: Lsn::new(start), end, what });
+    }
+    Ok(landmarks)
+}
+
+fn read_parameters(body: &mut Cursor<'_>) -> Result<Parameters, IndexError> {
+    let mut number = || i32::try_from(body.signed()?).map_err(|_| IndexError::Shape("a parameter is too large"));
+    let (max_connections, max_worker_processes, max_wal_senders) = (number()?, number()?, number()?);
+    let (max_prepared_transactions, max_locks_per_transaction) = (number()?, number()?);
+    let wal_level = match body.get()? {
+        0 => WalLevel::Minimal,
+        1 => WalLevel::Replica,
+        2 => WalLevel::Logical,
+        _ => return Err(IndexError::Shape("a wal_level is not known")),
+    };
+    let flags = body.get()?;
+    Ok(Parameters {
+        max_connections,
+        max_worker_processes,
+        max_wal_senders,
+        max_prepared_transactions,
+        max_locks_per_transaction,
+        wal_level,
+        wal_log_hints: flags & 1 != 0,
+        track_commit_timestamp: flags & 2 != 0,
+    })
 }
 
 impl Entries<'_> {
@@ -468,121 +621,4 @@ impl Iterator for Entries<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::collection::vec;
-    use proptest::option;
-    use proptest::prelude::*;
-
-    fn touched() -> impl Strategy<Value = Touched> {
-        prop_oneof![
-            (1u32..4, 0u32..3, any::<u32>()).prop_map(|(tablespace, database, number)| Touched::File(RelFile {
-                tablespace,
-                database,
-                number
-            })),
-            (0u32..3, any::<u32>()).prop_map(|(database, oid)| Touched::Relation { database, oid }),
-            any::<u32>().prop_map(Touched::Database),
-            any::<u32>().prop_map(Touched::Tablespace),
-        ]
-    }
-
-    fn changes() -> impl Strategy<Value = Changes> {
-        (0u64..9, 0u64..9, any::<u64>(), 0u8..32).prop_map(|(inserts, updates, deletes, marks)| Changes {
-            inserts,
-            updates,
-            deletes,
-            marks,
-        })
-    }
-
-    fn end() -> impl Strategy<Value = End> {
-        (any::<u64>(), 0u64..999, any::<i64>(), any::<(bool, bool)>(), vec(any::<u32>(), 0..4)).prop_map(
-            |(start, len, time, (aborted, prepared), subxids)| End {
-                start: Lsn::new(start),
-                end: Lsn::new(start).advance(len),
-                time: PgTimestamp::new(time),
-                aborted,
-                prepared,
-                subxids,
-            },
-        )
-    }
-
-    fn part() -> impl Strategy<Value = Part> {
-        let what = vec((touched(), changes()), 0..4);
-        let rest = (any::<u64>(), any::<bool>(), option::of(any::<u64>().prop_map(Lsn::new)), option::of(end()));
-        (any::<u32>(), any::<u64>(), any::<u64>(), what, rest).prop_map(|(xid, first, bytes, touched, rest)| {
-            let (others, incomplete, early, end) = rest;
-            Part { xid, first: Lsn::new(first), bytes, touched, others, incomplete, early, end }
-        })
-    }
-
-    fn all(file: &IndexFile, entries: Entries<'_>) -> Vec<Part> {
-        entries.map(|entry| file.part(&entry.unwrap())).collect()
-    }
-
-    proptest! {
-        #[test]
-        fn what_was_written_is_read(parts in vec(part(), 0..20), from in any::<u64>(), to in any::<u64>()) {
-            let mut writer = IndexWriter::new(Lsn::new(from));
-            parts.iter().for_each(|part| writer.push(part));
-            let (bytes, note) = writer.finish(Lsn::new(to), 17, Some(7));
-            let file = IndexFile::read(bytes.clone()).unwrap();
-            let (ended, open): (Vec<Part>, Vec<Part>) = parts.into_iter().partition(|part| part.end.is_some());
-            prop_assert_eq!((file.major, file.from, file.to), (17, Lsn::new(from), Lsn::new(to)));
-            prop_assert_eq!((note.transactions, note.open), (ended.len() as u64, open.len() as u64));
-            prop_assert_eq!(all(&file, file.ended()), ended);
-            prop_assert_eq!(all(&file, file.open()), open);
-            for cut in 0..bytes.len() {
-                prop_assert!(IndexFile::read(bytes[..cut].to_vec()).is_err(), "cut at {}", cut);
-            }
-        }
-
-        #[test]
-        fn garbage_is_an_error_and_never_a_panic(mut bytes in vec(any::<u8>(), 0..400), plausible in any::<bool>()) {
-            if plausible {
-                bytes.splice(0..0, [1, 17, 0, 1]);
-            }
-            if let Ok(file) = IndexFile::read(bytes) {
-                file.ended().chain(file.open()).for_each(drop);
-            }
-        }
-
-        #[test]
-        fn a_flipped_bit_is_no_panic(parts in vec(part(), 1..8), at in any::<prop::sample::Index>(), bit in 0u8..8) {
-            let mut writer = IndexWriter::new(Lsn::ZERO);
-            parts.iter().for_each(|part| writer.push(part));
-            let (mut bytes, _) = writer.finish(Lsn::new(1), 15, None);
-            let at = at.index(bytes.len());
-            bytes[at] ^= 1 << bit;
-            if let Ok(file) = IndexFile::read(bytes) {
-                file.ended().chain(file.open()).for_each(drop);
-            }
-        }
-    }
-
-    #[test]
-    fn like_transactions_cost_a_few_bytes() {
-        let what = |number| Touched::File(RelFile { tablespace: 1663, database: 5, number });
-        let one = Changes { updates: 1, ..Changes::default() };
-        let mut writer = IndexWriter::new(Lsn::ZERO);
-        for number in 0..1000u32 {
-            let start = Lsn::new(u64::from(number) * 600 + 500);
-            let time = PgTimestamp::new(800_000_000_000_000 + i64::from(number) * 733);
-            let end = End { start, end: start.advance(40), time, aborted: false, prepared: false, subxids: Vec::new() };
-            writer.push(&Part {
-                xid: 7000 + number,
-                first: Lsn::new(start.get() - 480),
-                bytes: 540,
-                touched: vec![(what(16384), one), (what(16390), one)],
-                others: 0,
-                incomplete: false,
-                early: None,
-                end: Some(end),
-            });
-        }
-        let (bytes, _) = writer.finish(Lsn::new(700_000), 15, None);
-        assert!(bytes.len() < 14_000, "{} bytes for 1000 transactions", bytes.len());
-    }
-}
+mod tests;

@@ -1,4 +1,5 @@
-//! An index of transactions beside the WAL: what it holds, so that a moment is found without reading it.
+//! An index of transactions, restore points and parameters beside the WAL: what it holds, so that a moment is found without
+//! reading it.
 //!
 //! What always holds: an index is a function of the WAL of its range alone (the records that begin in it), so whoever makes
 //! it makes the same one, and one that is missing or damaged is made again. No restore trusts it. Transactions that span
@@ -16,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use build::{IndexWal, Indexed, Missing, Rebuilt};
 pub use codec::{Entries, Entry, IndexError, IndexFile, IndexWriter, Pattern};
-pub use search::{Found, Logged, Query};
+pub use search::{Found, Logged, Passed, Query};
 
 use super::CatalogError;
 use super::layout::{ClusterObject, CopyToken, Name, Object, folder};
@@ -40,10 +41,10 @@ pub struct IndexNote {
     pub transactions: u64,
     /// Those that wrote in it and went on.
     pub open: u64,
-    /// The earliest end.
+    /// The earliest time in it: of an end or a restore point.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_time: Option<PgTimestamp>,
-    /// The latest end.
+    /// The latest one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_time: Option<PgTimestamp>,
     /// The smallest number of a transaction or subtransaction in it.
@@ -55,6 +56,12 @@ pub struct IndexNote {
     /// The one that was begun last; numbers wrap.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub newest_xid: Option<u32>,
+    /// Restore points in it. `None`: an index of version 1, which tells none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restore_points: Option<u64>,
+    /// Changes of parameters in it. `None`: as above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parameter_changes: Option<u64>,
 }
 
 impl Record for IndexNote {
@@ -74,6 +81,14 @@ pub struct IndexRange {
     pub object_len: u64,
     /// The object, and its copies with their lengths.
     names: Vec<(Name, u64)>,
+}
+
+impl IndexRange {
+    /// One that is nowhere, for tests of plans.
+    #[cfg(test)]
+    pub(crate) fn listed(branch: Branch, from: Lsn, to: Lsn, object_len: u64) -> IndexRange {
+        IndexRange { branch, from, to, object_len, names: Vec::new() }
+    }
 }
 
 /// The end of the range of an index that begins at `from`: ranges are aligned, so that those of several writers nest.
@@ -106,6 +121,22 @@ impl Repository {
         }
     }
 
+    /// Puts what another repository has as an index; `false` where one is here. Its frames are sealed under the meta key,
+    /// so a key that cannot read WAL is enough.
+    ///
+    /// # Errors
+    /// Damage that names the object; what the stores say.
+    pub async fn copy_index(
+        &self,
+        from: &Repository,
+        cluster: &ClusterId,
+        range: &IndexRange,
+    ) -> Result<bool, CatalogError> {
+        let note = from.index_note(range).await?;
+        let file = from.get_index(range).await?;
+        self.put_index(cluster, range.branch, file.bytes(), &note).await
+    }
+
     /// The indexes of a branch, by position; of copies one.
     ///
     /// # Errors
@@ -129,26 +160,27 @@ impl Repository {
     /// Damage that names the object; what the store says.
     pub async fn index_note(&self, range: &IndexRange) -> Result<IndexNote, CatalogError> {
         let kind = kind_of(&ClusterObject::Index(range.branch, range.from, range.to));
-        let mut first = None;
+        let (mut first, mut old) = (None, None);
         for (name, len) in &range.names {
             let read = self.get_footer(name, kind, *len).await;
-            let note = read
+            let note: Result<IndexNote, CatalogError> = read
                 .and_then(|(_, footer)| records::from_json(&footer.extra).map_err(|source| self.record(name, source)));
             match note {
+                Ok(note) if note.restore_points.is_none() => old = old.or(Some(note)),
                 Err(error) if error.is_damage() || error.is_not_found() => first = first.or(Some(error)),
                 answer => return answer,
             }
         }
-        Err(first.unwrap_or_else(|| self.no_index(range)))
+        old.ok_or_else(|| first.unwrap_or_else(|| self.no_index(range)))
     }
 
-    /// Reads an index.
+    /// Reads an index; of copies the first one of this version, else one of the version before.
     ///
     /// # Errors
     /// Damage that names the object; what the store says.
     pub async fn get_index(&self, range: &IndexRange) -> Result<IndexFile, CatalogError> {
         let kind = kind_of(&ClusterObject::Index(range.branch, range.from, range.to));
-        let mut first = None;
+        let (mut first, mut old) = (None, None);
         for (name, _) in &range.names {
             let file = self.get_one(name, kind).await.and_then(|opened| {
                 let file = IndexFile::read(opened.plaintext);
@@ -159,11 +191,12 @@ impl Repository {
                 }
             });
             match file {
+                Ok(file) if file.landmarks.is_none() => old = old.or(Some(file)),
                 Err(error) if error.is_damage() || error.is_not_found() => first = first.or(Some(error)),
                 answer => return answer,
             }
         }
-        Err(first.unwrap_or_else(|| self.no_index(range)))
+        old.ok_or_else(|| first.unwrap_or_else(|| self.no_index(range)))
     }
 
     fn no_index(&self, range: &IndexRange) -> CatalogError {

@@ -1,8 +1,9 @@
-//! Finds transactions: in the indexes, and in the WAL itself where none is there.
+//! Finds transactions and landmarks: in the indexes, and in the WAL itself where none is there.
 //!
 //! What always holds: what is found is what a walk through all the WAL would find, in its order. A transaction that wrote
 //! in several ranges is put together from them before anything is asked of it; what is too far back is said
-//! ([`Logged::reaches_back`]). An index that does not open is passed over and its WAL read instead.
+//! ([`Logged::reaches_back`]). An index that does not open is passed over and its WAL read instead; so is one of version 1 where
+//! landmarks are wanted, which it does not tell.
 //! Memory: [`KEPT`] indexes, and as many transactions as were asked for. Nothing is changed anywhere.
 
 use std::cmp::Reverse;
@@ -17,7 +18,7 @@ use crate::catalog::CatalogError;
 use crate::catalog::inventory::{ClusterInventory, Stretch};
 use crate::catalog::repository::Repository;
 use crate::types::{Branch, Lsn, PgTimestamp, SegmentSize};
-use crate::wal::{Changes, Kinds, Part, Touched, is_newer, join, kinds};
+use crate::wal::{Changes, Kinds, Landmark, LandmarkKind, Part, Touched, is_newer, join, kinds};
 
 /// Indexes that are kept in memory.
 const KEPT: usize = 16;
@@ -31,7 +32,7 @@ const LOOK_BACK: usize = 64;
 /// written in the order of their times.
 const OUT_OF_ORDER: i64 = 600 * 1_000_000;
 
-/// Which transactions are wanted. All that is set has to hold.
+/// What is wanted. All that is set has to hold. Landmarks are of no transaction and touch nothing.
 #[derive(Debug, Clone, Default)]
 pub struct Query {
     /// Those that ended nearest to this moment.
@@ -44,8 +45,12 @@ pub struct Query {
     pub xid: Option<u32>,
     /// Those that touched any of these.
     pub touched: Option<HashSet<Touched>>,
-    /// Those that were any of these.
+    /// Those that were any of these; `None`: of every kind, landmarks too.
     pub kinds: Option<Kinds>,
+    /// Of restore points those of this name.
+    pub name: Option<String>,
+    /// Only what indexes tell: WAL without one is passed over ([`Found::unindexed`]).
+    pub index_only: bool,
     /// Those that were rolled back, too.
     pub aborted: bool,
     /// So many at most: the earliest where `from` is set, the nearest to `around`, else the newest.
@@ -65,15 +70,31 @@ pub struct Logged {
     pub reaches_back: bool,
 }
 
+/// A landmark that was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Passed {
+    /// The record.
+    pub landmark: Landmark,
+    /// The branch whose objects tell of it.
+    pub branch: Branch,
+    /// Its own time; of a change of parameters, which has none, that of the last transaction that ended before it, if its
+    /// index has one.
+    pub time: Option<PgTimestamp>,
+}
+
 /// What was found.
 #[derive(Debug, Clone, Default)]
 pub struct Found {
     /// In the order of their ends.
     pub transactions: Vec<Logged>,
+    /// By position.
+    pub landmarks: Vec<Passed>,
     /// There are more than `limit`.
     pub more: bool,
     /// WAL whose index was there, in bytes, whether or not it had to be read.
     pub indexed: u64,
+    /// Stretches of WAL on the way without an index that could be used, by position.
+    pub unindexed: Vec<(Lsn, Lsn)>,
     /// Bytes of WAL that were read because no index was there.
     pub wal_read: u64,
     /// Bytes of indexes that were read, as they lie in the repository.
@@ -94,6 +115,29 @@ struct Unit {
     /// Whether the unit before it ends where it begins.
     follows: bool,
     note: Option<IndexNote>,
+}
+
+/// One thing that was found.
+enum Item {
+    Transaction(Box<Logged>),
+    Landmark(Box<Passed>),
+}
+
+impl Item {
+    fn at(&self) -> Lsn {
+        match self {
+            Self::Transaction(logged) => logged.part.end.as_ref().map_or(Lsn::ZERO, |end| end.start),
+            Self::Landmark(passed) => passed.landmark.start,
+        }
+    }
+
+    fn distance(&self, around: PgTimestamp) -> u64 {
+        let time = match self {
+            Self::Transaction(logged) => logged.part.end.as_ref().map(|end| end.time),
+            Self::Landmark(passed) => passed.time,
+        };
+        time.map_or(u64::MAX, |time| time.micros().abs_diff(around.micros()))
+    }
 }
 
 struct Search<'a> {
@@ -208,7 +252,7 @@ impl Search<'_> {
     async fn run(mut self) -> Result<Found, CatalogError> {
         let limit = self.query.limit.max(1);
         let needs_times = self.query.around.is_some() || self.query.from.is_some() || self.query.to.is_some();
-        if needs_times || self.query.xid.is_some() {
+        if needs_times || self.query.xid.is_some() || !self.wants_transactions() {
             self.read_notes().await?;
         }
         let mut order: Vec<usize> = (0..self.units.len()).filter(|index| self.may_hold(*index)).collect();
@@ -217,7 +261,7 @@ impl Search<'_> {
             (None, Some(_)) => {}
             (None, None) => order.reverse(),
         }
-        let mut all: Vec<(u64, Logged)> = Vec::new();
+        let mut all: Vec<(u64, Item)> = Vec::new();
         let mut rest = order.as_slice();
         while let Some((index, later)) = rest.split_first() {
             if let Some(around) = self.query.around {
@@ -225,16 +269,16 @@ impl Search<'_> {
                 if all.len() > limit && worst.is_some_and(|worst| self.distance(*index) > worst) {
                     break;
                 }
-                all.extend(self.matching(*index, rest).await?.into_iter().map(|logged| (far(&logged, around), logged)));
-                all.sort_by_key(|(distance, logged)| (*distance, end_of(logged)));
+                all.extend(self.matching(*index, rest).await?.into_iter().map(|item| (item.distance(around), item)));
+                all.sort_by_key(|(distance, item)| (*distance, item.at()));
             } else {
                 if all.len() > limit {
                     break;
                 }
-                all.extend(self.matching(*index, rest).await?.into_iter().map(|logged| (0, logged)));
+                all.extend(self.matching(*index, rest).await?.into_iter().map(|item| (0, item)));
                 match self.query.from {
-                    Some(_) => all.sort_by_key(|(_, logged)| end_of(logged)),
-                    None => all.sort_by_key(|(_, logged)| Reverse(end_of(logged))),
+                    Some(_) => all.sort_by_key(|(_, item)| item.at()),
+                    None => all.sort_by_key(|(_, item)| Reverse(item.at())),
                 }
             }
             all.truncate(limit + 1); // one more tells that there are more
@@ -242,9 +286,38 @@ impl Search<'_> {
         }
         self.found.more = all.len() > limit;
         all.truncate(limit);
-        self.found.transactions = all.into_iter().map(|(_, logged)| logged).collect();
-        self.found.transactions.sort_by_key(end_of);
+        let without = self.units.iter().filter(|unit| unit.index.is_none());
+        self.found.unindexed = without.map(|unit| (unit.from, unit.to)).collect();
+        all.sort_by_key(|(_, item)| item.at());
+        for (_, item) in all {
+            match item {
+                Item::Transaction(logged) => self.found.transactions.push(*logged),
+                Item::Landmark(passed) => self.found.landmarks.push(*passed),
+            }
+        }
         Ok(self.found)
+    }
+
+    fn wants_transactions(&self) -> bool {
+        self.query.name.is_none() && self.query.kinds.is_none_or(|kinds| kinds.meets(Kinds::OF_TRANSACTIONS))
+    }
+
+    /// Whether landmarks of this kind are wanted.
+    fn wants(&self, kind: Kinds) -> bool {
+        let Query { xid, touched, kinds, name, .. } = self.query;
+        let is_named = name.is_none() || kind == Kinds::RESTORE_POINT;
+        xid.is_none() && touched.is_none() && is_named && kinds.is_none_or(|kinds| kinds.meets(kind))
+    }
+
+    fn wants_landmarks(&self) -> bool {
+        self.wants(Kinds::RESTORE_POINT) || self.wants(Kinds::PARAMETERS)
+    }
+
+    /// Whether a range may hold a landmark that is wanted.
+    fn may_hold_landmark(&self, note: &IndexNote) -> bool {
+        let any = |count: Option<u64>| count != Some(0);
+        (self.wants(Kinds::RESTORE_POINT) && any(note.restore_points))
+            || (self.wants(Kinds::PARAMETERS) && any(note.parameter_changes))
     }
 
     /// Reads what the indexes say about themselves.
@@ -274,18 +347,36 @@ impl Search<'_> {
             return Err(error);
         }
         self.found.remarks.push(format!("an index is not used: {error}"));
+        self.leave_index(at);
+        Ok(())
+    }
+
+    fn leave_index(&mut self, at: usize) {
         if let Some(unit) = self.units.get_mut(at) {
             self.found.indexed = self.found.indexed.saturating_sub(length(unit));
             unit.index = None;
         }
-        Ok(())
+    }
+
+    /// An index of version 1 where landmarks are wanted.
+    fn without_landmarks(&mut self, at: usize) {
+        const REMARK: &str = "an index of an older version does not tell restore points and parameters: its WAL is read instead \
+                              (`pgkeep index rebuild --all` makes it anew)";
+        if self.found.remarks.iter().all(|remark| remark != REMARK) {
+            self.found.remarks.push(REMARK.to_owned());
+        }
+        self.leave_index(at);
     }
 
     /// The earliest and the latest end that a unit may hold; `None` for an index in which nothing ended.
     fn times(&self, at: usize) -> Option<(PgTimestamp, PgTimestamp)> {
         let unit = self.units.get(at)?;
         if let Some(note) = unit.note.as_ref().filter(|_| unit.index.is_some()) {
-            return note.first_time.zip(note.last_time);
+            let times = note.first_time.zip(note.last_time);
+            // Parameters alone have no time: it is that of the ranges around.
+            if times.is_some() || !(self.wants(Kinds::PARAMETERS) && note.parameter_changes != Some(0)) {
+                return times;
+            }
         }
         let known = |unit: &Unit| unit.note.as_ref().and_then(|note| note.first_time.zip(note.last_time));
         let before = self.units.get(..at).unwrap_or_default().iter().rev().find_map(known);
@@ -302,6 +393,11 @@ impl Search<'_> {
             if !note.lowest_xid.zip(note.highest_xid).is_some_and(|(low, high)| within(low, high)) {
                 return false;
             }
+        }
+        if let (false, Some(note), true) = (self.wants_transactions(), &unit.note, unit.index.is_some())
+            && !self.may_hold_landmark(note)
+        {
+            return false;
         }
         if self.query.from.is_none() && self.query.to.is_none() {
             return true;
@@ -342,6 +438,7 @@ impl Search<'_> {
             let Ok((read, len, file)) = read else { continue }; // a task that ended abnormally: the WAL is read instead
             self.found.index_read += len;
             match file {
+                Ok(file) if file.landmarks.is_none() && self.wants_landmarks() => self.without_landmarks(read),
                 Ok(file) => self.keep(read, Arc::new(file)),
                 Err(error) => self.without_index(read, error)?,
             }
@@ -375,6 +472,10 @@ impl Search<'_> {
             Some(unit) => (unit.from, unit.to, Arc::clone(&unit.run)),
             None => return Err(misuse("there is no such range")), // invariant: units are not taken away
         };
+        if self.query.index_only {
+            let (bytes, _) = super::IndexWriter::new(from).finish(to, 0, None);
+            return IndexFile::read(bytes).map_err(|error| misuse(&error.to_string()));
+        }
         if !self.repository.can_read() {
             let key = "the key of this repository cannot open WAL";
             self.found.remarks.push(format!("from {from} to {to} there is no index, and {key}"));
@@ -429,10 +530,47 @@ impl Search<'_> {
         Ok(None)
     }
 
-    /// The transactions of a unit that are wanted.
-    async fn matching(&mut self, at: usize, coming: &[usize]) -> Result<Vec<Logged>, CatalogError> {
+    /// What is wanted of a unit.
+    async fn matching(&mut self, at: usize, coming: &[usize]) -> Result<Vec<Item>, CatalogError> {
         let file = self.load(at, coming).await?;
         let Some(branch) = self.units.get(at).map(|unit| unit.branch) else { return Ok(Vec::new()) };
+        let mut items: Vec<Item> =
+            self.landmarks_of(&file, branch).map(|passed| Item::Landmark(Box::new(passed))).collect();
+        if file.landmarks_left_out > 0 && self.wants_landmarks() {
+            let (from, to, more) = (file.from, file.to, file.landmarks_left_out);
+            self.found.remarks.push(format!("from {from} to {to} there are {more} landmarks more than an index keeps"));
+        }
+        if self.wants_transactions() {
+            let transactions = self.transactions_of(at, &file, branch).await?;
+            items.extend(transactions.into_iter().map(|logged| Item::Transaction(Box::new(logged))));
+        }
+        Ok(items)
+    }
+
+    fn landmarks_of<'f>(&self, file: &'f IndexFile, branch: Branch) -> impl Iterator<Item = Passed> + use<'f, '_> {
+        let Query { from, to, name, .. } = self.query;
+        let (points, parameters) = (self.wants(Kinds::RESTORE_POINT), self.wants(Kinds::PARAMETERS));
+        let within = move |time: Option<PgTimestamp>| match time {
+            Some(time) => from.is_none_or(|from| time >= from) && to.is_none_or(|to| time <= to),
+            None => from.is_none() && to.is_none(),
+        };
+        file.landmarks.iter().flatten().filter_map(move |landmark| {
+            let (is_wanted, time) = match &landmark.what {
+                LandmarkKind::RestorePoint { name: its, time } => {
+                    (points && name.as_ref().is_none_or(|name| name == its), Some(*time))
+                }
+                LandmarkKind::Parameters(_) => (parameters, time_before(file, landmark.start)),
+            };
+            (is_wanted && within(time)).then(|| Passed { landmark: landmark.clone(), branch, time })
+        })
+    }
+
+    async fn transactions_of(
+        &mut self,
+        at: usize,
+        file: &IndexFile,
+        branch: Branch,
+    ) -> Result<Vec<Logged>, CatalogError> {
         let newest_before = self.newest_before(at).await?;
         let judged: Vec<Judged> = file.patterns.iter().map(|pattern| self.judge(&pattern.touched)).collect();
         let (mut found, mut split) = (Vec::new(), Vec::new());
@@ -523,10 +661,9 @@ impl Search<'_> {
     }
 }
 
-fn end_of(logged: &Logged) -> Lsn {
-    logged.part.end.as_ref().map_or(Lsn::ZERO, |end| end.start)
-}
-
-fn far(logged: &Logged, around: PgTimestamp) -> u64 {
-    logged.part.end.as_ref().map_or(u64::MAX, |end| end.time.micros().abs_diff(around.micros()))
+/// When the last transaction before a position ended; where none did, the first one after it.
+fn time_before(file: &IndexFile, at: Lsn) -> Option<PgTimestamp> {
+    let ends = || file.ended().filter_map(Result::ok).filter_map(|entry| entry.part.end);
+    let before = ends().take_while(|end| end.start < at).last();
+    before.or_else(|| ends().next()).map(|end| end.time)
 }

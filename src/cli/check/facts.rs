@@ -7,12 +7,12 @@ use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 
 use super::judge::{self, Archive, Item, Ours, Server, Slot, Sql};
-use crate::archive::Source;
+use crate::archive::{Source, served_path};
 use crate::catalog::inventory::Hole;
 use crate::catalog::{CatalogError, Repository};
 use crate::cli::advice::{Tried, advise};
 use crate::cli::standing::{Standing, missing};
-use crate::cli::{bucket, open};
+use crate::cli::{CliError, bucket, open};
 use crate::config::ClusterConfig;
 use crate::pg::{ConnectOptions, PgError, Replication, Session, quote_literal};
 use crate::store::s3::S3Store;
@@ -107,16 +107,21 @@ fn outside(moment: Timestamp, from: Timestamp, to: Timestamp) -> SignedDuration 
     }
 }
 
+/// Where the cluster's WAL comes from.
+pub(super) fn source(config: &ClusterConfig) -> Result<Source, CliError> {
+    let source = open::source(config)?;
+    Ok(Source { connect: ConnectOptions { timeout: CONNECT_TIMEOUT, ..source.connect }, ..source })
+}
+
 /// Connects both ways and asks. What refuses is an item already; `None` when nothing more can be known.
 pub(super) async fn server(config: &ClusterConfig, items: &mut Vec<Item>) -> Option<(Server, Ours)> {
-    let mut source = match open::source(config) {
+    let source = match source(config) {
         Ok(source) => source,
         Err(error) => {
             items.push(Item::not_ok("connection", error.to_string(), ""));
             return None;
         }
     };
-    source.connect = ConnectOptions { timeout: CONNECT_TIMEOUT, ..source.connect };
     let not_ok = |item, tried, error: &PgError| {
         let advice = advise(error, tried, &source.conninfo).text();
         Item::not_ok(item, error.to_string(), advice)
@@ -218,21 +223,39 @@ async fn by_sql(source: &Source) -> Result<(Sql, BTreeMap<String, String>), PgEr
     Ok((Sql { clock_ahead, senders_used, slot }, settings))
 }
 
-/// What the repository holds of the cluster; of the server's own system identifier, if the server is known.
+/// What the repository holds of the cluster; of the server's own system identifier and history, if the server is known.
 pub(super) async fn archive(
     repository: &Repository,
     name: &ClusterName,
-    server: Option<&Server>,
+    server: Option<(&Server, Source)>,
 ) -> Result<Archive, CatalogError> {
     let ids = repository.clusters_named(name).await?;
     let systems = ids.iter().map(|id| id.system).collect();
-    let wanted = match server {
-        Some(server) => ids.iter().find(|id| id.system == server.system),
+    let wanted = match &server {
+        Some((server, _)) => ids.iter().find(|id| id.system == server.system),
         None => ids.last(),
     };
     let Some(id) = wanted else { return Ok(Archive { systems, ..Archive::default() }) };
     let id: &ClusterId = id;
     let (inventory, holes) = missing(repository, id).await?;
+    let served = match server {
+        // One history can only be the server's, or nobody's here.
+        Some((_, source)) if inventory.branches.len() > 1 => match served_path(&source, repository, name).await {
+            Ok(served) => Some(served),
+            Err(error) => {
+                tracing::warn!(
+                    repository = repository.name(),
+                    "cannot tell which of the archived histories is the server's: {error}"
+                );
+                None
+            }
+        },
+        _ => None,
+    };
+    let standing = match &served {
+        Some(served) => Standing::on(repository.name(), &inventory, served),
+        None => Standing::of(repository.name(), &inventory),
+    };
     let newest = inventory.backups.iter().rev().find(|backup| backup.flagged.is_none());
     let since = newest.map_or(Lsn::ZERO, |backup| backup.start);
     let (behind, before): (Vec<Hole>, Vec<Hole>) = holes.into_iter().partition(|hole| hole.to > since);
@@ -240,7 +263,7 @@ pub(super) async fn archive(
     Ok(Archive {
         systems,
         segment_size: inventory.segment_size,
-        standing: Some(Standing::of(repository.name(), &inventory)),
+        standing: Some(standing),
         behind: None,
         newest_backup: newest.map(|backup| (backup.label, backup.stopped_at)),
         unfinished_backups: inventory.unfinished_backups.len(),

@@ -177,7 +177,8 @@ async fn archives(
     let (mut held, mut items) = (Vec::new(), Vec::new());
     for place in places {
         let Some((name, repository)) = opened.iter().find(|(name, _)| *name == place.name) else { continue };
-        match facts::archive(repository, &config.name_in_repository, server).await {
+        let known = server.and_then(|server| Some((server, facts::source(config).ok()?)));
+        match facts::archive(repository, &config.name_in_repository, known).await {
             Ok(archive) => held.push((name.clone(), archive)),
             Err(error) => items.push(Item::not_ok("archived", error.to_string(), "")),
         }

@@ -47,8 +47,8 @@ pub struct Progress {
 enum Show {
     Nothing,
     Bar(ProgressBar),
-    /// When the next line is due.
-    Lines(Mutex<Instant>),
+    /// When the next line is due, and what is being done.
+    Lines(Mutex<(Instant, Cow<'static, str>)>),
 }
 
 impl Progress {
@@ -61,7 +61,7 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(200));
             Show::Bar(bar)
         } else {
-            Show::Lines(Mutex::new(started + LINE_EVERY))
+            Show::Lines(Mutex::new((started + LINE_EVERY, Cow::Borrowed(""))))
         };
         let progress =
             Progress { what: what.to_owned(), started, done: AtomicU64::new(0), total: AtomicU64::new(0), show };
@@ -100,8 +100,12 @@ impl Progress {
 
     /// What is being done just now: `waiting for WAL`.
     pub fn message(&self, text: impl Into<Cow<'static, str>>) {
-        if let Show::Bar(bar) = &self.show {
-            bar.set_message(text);
+        let text = text.into();
+        match &self.show {
+            Show::Nothing => {}
+            Show::Bar(bar) => bar.set_message(text),
+            // Somebody else is writing a line: the next message is as good.
+            Show::Lines(lines) => lines.try_lock().into_iter().for_each(|mut lines| lines.1 = text.clone()),
         }
     }
 
@@ -121,13 +125,17 @@ impl Progress {
                 }
                 bar.set_position(done);
             }
-            Show::Lines(due) => {
+            Show::Lines(lines) => {
                 let now = Instant::now();
                 // Somebody else is writing this very line: leave it to them.
-                let Ok(mut due) = due.try_lock() else { return };
+                let Ok(mut lines) = lines.try_lock() else { return };
+                let (due, message) = &mut *lines;
                 if now >= *due {
                     *due = now + LINE_EVERY;
-                    let line = self.line(done, now.duration_since(self.started));
+                    let mut line = self.line(done, now.duration_since(self.started));
+                    if !message.is_empty() {
+                        line = format!("{line}, {message}");
+                    }
                     let _ = writeln!(std::io::stderr(), "{line}"); // nobody may be reading
                 }
             }

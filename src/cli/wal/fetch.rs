@@ -7,14 +7,14 @@ use async_trait::async_trait;
 
 use crate::catalog::Repository;
 use crate::cli::{CliError, Context, Exit, open};
-use crate::config::RepositoryConfig;
+use crate::config::{Config, RepositoryConfig};
 use crate::restore::fetch::{self, FetchError, Fetched, Places, Way};
-use crate::types::Lsn;
+use crate::types::{ClusterName, Lsn, WalFileName};
 
 pub use crate::restore::fetch::decide::Step;
 
 /// The end of it all, retries included. A fault that lasts longer stops recovery.
-const DEADLINE: Duration = Duration::from_secs(300);
+pub(super) const DEADLINE: Duration = Duration::from_secs(300);
 
 /// `pgkeep wal fetch`: PostgreSQL's restore_command.
 #[derive(Debug, Clone, clap::Args)]
@@ -42,10 +42,27 @@ pub struct Args {
     /// Serve no WAL from this position on
     #[arg(long, value_name = "LSN")]
     pub until: Option<Lsn>,
+    /// For a standby that follows the newest timeline: a fault does not stop the server, which asks again
+    #[arg(long, conflicts_with = "path")]
+    pub standby: bool,
+    /// Do the work in this process, and start none that opens ahead what will be asked for next
+    #[arg(long)]
+    pub no_helper: bool,
 }
 
 /// Runs the command.
 pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
+    if args.standby {
+        let is_request = args.name.parse::<WalFileName>().is_ok();
+        return match serve(context, &args).await {
+            // A configuration that is being written, say: a standby asks again.
+            Err(error) if is_request => {
+                tracing::warn!("{error}; the standby goes on without {} for now, and asks again", args.name);
+                Ok(Exit::No)
+            }
+            answer => answer,
+        };
+    }
     match tokio::time::timeout(DEADLINE, serve(context, &args)).await {
         Ok(result) => result,
         Err(_) => Err(CliError::failed(anyhow::anyhow!(
@@ -56,8 +73,18 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
     }
 }
 
-async fn serve(context: &Context, args: &Args) -> Result<Exit, CliError> {
-    let config = context.config()?;
+/// Which WAL is wanted.
+pub(super) fn way(args: &Args) -> Way {
+    let folder = args.dest.parent().unwrap_or(Path::new("")).to_owned();
+    Way { path: args.path.clone(), until: args.until, standby: args.standby.then_some(folder) }
+}
+
+/// The repositories that are asked, local ones first, and the cluster's name in them.
+pub(super) fn asked<'a>(
+    config: &'a Config,
+    context: &Context,
+    args: &Args,
+) -> Result<(Vec<&'a RepositoryConfig>, Option<ClusterName>), CliError> {
     let from = config.read_from_any(context.cluster_name(), context.repository_name())?;
     let mut configs = from.repositories;
     if let Some(unknown) = args.from.iter().find(|name| !configs.iter().any(|config| config.name == **name)) {
@@ -67,11 +94,20 @@ async fn serve(context: &Context, args: &Args) -> Result<Exit, CliError> {
     }
     configs.retain(|config| args.from.is_empty() || args.from.contains(&config.name));
     configs.sort_by_key(|config| !config.place.is_local()); // stable: the configuration's order within
+    Ok((configs, from.cluster))
+}
+
+async fn serve(context: &Context, args: &Args) -> Result<Exit, CliError> {
+    let config = context.config()?;
+    let (configs, cluster) = asked(&config, context, args)?;
     // PostgreSQL runs us in the data directory.
     let local = fetch::local(Path::new("")).map_err(fetch_error)?;
-    let way = Way { path: args.path.clone(), until: args.until };
+    let way = way(args);
     let places = Configured { configs };
-    let answer = fetch::fetch(&places, from.cluster.as_ref(), local, &way, &args.name, &args.dest).await;
+    let answer = match args.standby {
+        true => fetch::fetch_for_standby(&places, cluster.as_ref(), local, &way, &args.name, &args.dest).await,
+        false => fetch::fetch(&places, cluster.as_ref(), local, &way, &args.name, &args.dest).await,
+    };
     match answer.map_err(fetch_error)? {
         Fetched::Served => {
             tracing::info!(file = %args.name, "served");
@@ -85,8 +121,8 @@ async fn serve(context: &Context, args: &Args) -> Result<Exit, CliError> {
 }
 
 /// The cluster's repositories, opened as far as they are needed.
-struct Configured<'a> {
-    configs: Vec<&'a RepositoryConfig>,
+pub(super) struct Configured<'a> {
+    pub configs: Vec<&'a RepositoryConfig>,
 }
 
 #[async_trait]
@@ -108,7 +144,7 @@ impl Places for Configured<'_> {
 }
 
 /// Every one of them stops recovery; the words of `--json` differ.
-fn fetch_error(error: FetchError) -> CliError {
+pub(super) fn fetch_error(error: FetchError) -> CliError {
     match error {
         FetchError::Repository(error) => open::repository_error(error),
         error @ FetchError::Refused { .. } => CliError::refused(error),

@@ -1,7 +1,12 @@
 //! `pgkeep wal`: the hooks that PostgreSQL runs. Their exit codes are [`Hook`](super::Hook)'s.
 
+pub mod ahead;
 pub mod fetch;
 pub mod push;
+mod push_helper;
+pub(super) mod quick;
+
+pub use quick::Role;
 
 /// The hooks: archive_command and restore_command.
 #[derive(Debug, Clone, clap::Args)]
@@ -22,4 +27,14 @@ pub enum Command {
     Push(push::Args),
     /// Get a WAL file out of the repository (restore_command)
     Fetch(fetch::Args),
+}
+
+impl Command {
+    /// Is this process one that outlives a call, and not the call itself?
+    pub(super) fn is_helper(&self) -> bool {
+        match self {
+            Self::Push(args) => args.helper.is_some(),
+            Self::Fetch(_) => false,
+        }
+    }
 }

@@ -28,7 +28,7 @@ fn empty() -> Holding {
     let id = ClusterId { name: "main".parse().unwrap(), system: SystemId::new(7) };
     let mut inventory = ClusterInventory::new(id);
     inventory.segment_size = Some(size());
-    Holding { inventory, kept: BTreeMap::new() }
+    Holding { inventory, kept: BTreeMap::new(), indexes: BTreeMap::new(), names: BTreeSet::new() }
 }
 
 fn history(timeline: u32, fork: Lsn) -> TimelineHistory {
@@ -99,6 +99,11 @@ fn a_source() -> impl Strategy<Value = Holding> {
             let gap = GapRecord { branch: branch(1), from, to, reason: GapReason::SlotLost, noticed_at, writer };
             source.inventory.gaps.push(gap);
         }
+        for (on, from, to) in [(1, 0, 3), (1, 3, 4), (1, 4, 10), (2, 5, 8)] {
+            let (from, to) = (at(from, 0), at(to, 0));
+            source.indexes.insert((branch(on), from, to), IndexRange::listed(branch(on), from, to, 55));
+        }
+        source.names.extend([0, 100].map(|seconds| BackupLabel::at(second(seconds))));
         source.kept.insert((branch(1), "000000010000000000000003.partial".parse().unwrap()), 77);
         source
     })
@@ -148,6 +153,13 @@ fn carried_out(plan: &CopyPlan, source: &Holding, target: &Holding) -> Holding {
             }
             Step::File { branch, file, bytes } => {
                 after.kept.insert((*branch, file.parse().unwrap()), *bytes);
+            }
+            Step::Index { branch, from, to, .. } => {
+                let key = (*branch, *from, *to);
+                after.indexes.insert(key, source.indexes[&key].clone());
+            }
+            Step::Names { noted } => {
+                after.names.insert(*noted);
             }
             Step::Backup { label, .. } => {
                 if after.inventory.backups.iter().all(|there| there.label != *label) {
@@ -199,6 +211,13 @@ proptest! {
             for backup in &after.inventory.backups {
                 prop_assert!(is_consistent(&after, backup), "{} after {} steps of {:?}", backup.label, number, plan);
             }
+            let held = segments(&after.inventory);
+            for (on, from, to) in after.indexes.keys() {
+                let segments = from.segment(size())..=to.segment_before(size());
+                let is_whole = |at| held.get(&(*on, at)).is_some_and(|held| held.whole == LEN);
+                let all = (segments.start().get()..=segments.end().get()).all(|at| is_whole(SegmentNumber::new(at)));
+                prop_assert!(all, "an index of {} to {} without its WAL after {} steps", from, to, number);
+            }
             let Some(step) = plan.steps.get(number) else { continue };
             prop_assert!(seen.insert(format!("{step:?}")), "twice: {:?}", step);
             if let Step::Segment { branch, .. } | Step::Open { branch, .. } = step {
@@ -234,6 +253,13 @@ proptest! {
         }
         prop_assert_eq!(after.inventory.gaps.len(), source.inventory.gaps.len());
         prop_assert_eq!(after.kept, source.kept);
+        prop_assert_eq!(after.names, source.names);
+        let held = segments(&source.inventory);
+        for (on, from, to) in source.indexes.keys() {
+            let numbers = from.segment(size()).get()..=to.segment_before(size()).get();
+            let is_whole = |at| held.get(&(*on, SegmentNumber::new(at))).is_some_and(|held| held.whole == LEN);
+            prop_assert!(!numbers.clone().all(is_whole) || after.indexes.contains_key(&(*on, *from, *to)), "{}", from);
+        }
     }
 
     /// Every unflagged base backup of the window, what follows it, and a beginning before it.

@@ -59,6 +59,11 @@ pub(super) struct Read {
     pub more_behind: bool,
 }
 
+/// Repositories that were opened by earlier requests of the same process, and hold the cluster. That one does not hold it,
+/// or fails, is not remembered.
+#[derive(Default)]
+pub(super) struct Opened(Mutex<BTreeMap<usize, (Repository, ClusterId)>>);
+
 /// See the module's head. For one request.
 pub(super) struct Pool<'a> {
     places: &'a dyn Places,
@@ -69,13 +74,29 @@ pub(super) struct Pool<'a> {
     failed: Mutex<BTreeMap<usize, FetchError>>,
     /// What the first repository without the cluster said.
     nothing: Mutex<Option<FetchError>>,
+    opened: Option<&'a Opened>,
 }
 
 impl<'a> Pool<'a> {
     pub fn new(places: &'a dyn Places, cluster: Option<&'a ClusterName>, local: Option<Local>) -> Pool<'a> {
         let names = places.names();
         let (known, failed, nothing) = Default::default();
-        Pool { places, names, cluster, local, known, failed, nothing }
+        Pool { places, names, cluster, local, known, failed, nothing, opened: None }
+    }
+
+    /// The same, and what is opened is kept for the next request.
+    pub fn remembering(
+        places: &'a dyn Places,
+        cluster: Option<&'a ClusterName>,
+        local: Option<Local>,
+        opened: &'a Opened,
+    ) -> Pool<'a> {
+        let pool = Pool { opened: Some(opened), ..Pool::new(places, cluster, local) };
+        let held = |(index, (repository, id)): (&usize, &(Repository, ClusterId))| {
+            (*index, Known::Holds(repository.clone(), id.clone()))
+        };
+        *locked(&pool.known) = locked(&opened.0).iter().map(held).collect();
+        pool
     }
 
     /// Has every repository answered so far? Else what was found may be less than what there is.
@@ -104,6 +125,9 @@ impl<'a> Pool<'a> {
         let name = self.names.get(index).map_or("", String::as_str);
         if self.names.len() > 1 {
             tracing::warn!(repository = name, %error, "this repository does not answer; asking the next one");
+        }
+        if let Some(opened) = self.opened {
+            locked(&opened.0).remove(&index);
         }
         locked(&self.failed).insert(index, error);
     }
@@ -150,6 +174,9 @@ impl<'a> Pool<'a> {
                     }
                 });
                 let found = found.await?;
+                if let (Some(opened), Known::Holds(repository, id)) = (self.opened, &found) {
+                    locked(&opened.0).insert(index, (repository.clone(), id.clone()));
+                }
                 locked(&self.known).insert(index, found.clone());
                 found
             }

@@ -10,49 +10,63 @@ use crate::catalog::records::WalRangeNote;
 use crate::plan::WalNeed;
 use crate::restore::other_history;
 use crate::seal::KeyFile;
+use crate::store::Store;
 use crate::store::memory::MemoryStore;
 use crate::types::Digest;
 
 const LEN: u32 = 1 << 20;
 
-fn size() -> SegmentSize {
+pub(super) fn size() -> SegmentSize {
     SegmentSize::new(u64::from(LEN)).unwrap()
 }
 
-fn cluster() -> ClusterId {
+pub(super) fn cluster() -> ClusterId {
     ClusterId { name: "main".parse().unwrap(), system: SystemId::new(7_312_345_678_901_234_567) }
 }
 
 /// Segments of timeline 1; those from the second index on are of another history.
-async fn holding(name: &str, segments: std::ops::Range<u64>, other_from: u64) -> Repository {
+pub(super) async fn holding(name: &str, segments: std::ops::Range<u64>, other_from: u64) -> Repository {
+    holding_in(Arc::new(MemoryStore::new()), name, segments, other_from).await
+}
+
+pub(super) async fn holding_in(
+    store: Arc<dyn Store>,
+    name: &str,
+    segments: std::ops::Range<u64>,
+    other_from: u64,
+) -> Repository {
     let keys = KeyFile::generate().unwrap();
-    let repository = Repository::create(name, Arc::new(MemoryStore::new()), &keys).await.unwrap();
+    let repository = Repository::create(name, store, &keys).await.unwrap();
     for number in segments {
-        let bytes = content(number, number >= other_from);
-        let (segment, branch) = (SegmentNumber::new(number), Branch::first(TimelineId::FIRST));
-        let mut sealer = repository.seal_wal(&cluster(), branch, segment, size(), (0, LEN)).await.unwrap();
-        sealer.push(&bytes).unwrap();
-        let note = WalRangeNote {
-            writer: repository.writer(),
-            server_version: 150_000,
-            segment_size: size(),
-            digest_from: Digest::of(b""),
-            digest_to: Some(Digest::of(&bytes)),
-            server_time: None,
-            server_end: None,
-            conflict: None,
-        };
-        repository.put_range(&sealer.finish(LEN, note).unwrap()).await.unwrap();
+        put(&repository, TimelineId::FIRST, number, &content(number, number >= other_from)).await;
     }
     repository
 }
 
-fn content(number: u64, other: bool) -> Vec<u8> {
+/// The beginning of a segment, or all of it, as a range.
+pub(super) async fn put(repository: &Repository, timeline: TimelineId, number: u64, bytes: &[u8]) {
+    let (segment, branch, len) = (SegmentNumber::new(number), Branch::first(timeline), bytes.len() as u32);
+    let mut sealer = repository.seal_wal(&cluster(), branch, segment, size(), (0, len)).await.unwrap();
+    sealer.push(bytes).unwrap();
+    let note = WalRangeNote {
+        writer: repository.writer(),
+        server_version: 150_000,
+        segment_size: size(),
+        digest_from: Digest::of(b""),
+        digest_to: Some(Digest::of(bytes)),
+        server_time: None,
+        server_end: None,
+        conflict: None,
+    };
+    repository.put_range(&sealer.finish(len, note).unwrap()).await.unwrap();
+}
+
+pub(super) fn content(number: u64, other: bool) -> Vec<u8> {
     (0..LEN).map(|at| (at as u8) ^ (number as u8) ^ if other { 0x80 } else { 0 }).collect()
 }
 
 /// `None`: it is down.
-struct Doors(Vec<Option<Repository>>);
+pub(super) struct Doors(pub Vec<Option<Repository>>);
 
 #[async_trait]
 impl Places for Doors {
@@ -78,7 +92,7 @@ async fn ask(places: &Doors, way: &Way, number: u64) -> (Result<Fetched, FetchEr
 }
 
 fn ways() -> [Way; 2] {
-    [Way::default(), Way { path: vec!["00000001".parse().unwrap()], until: None }]
+    [Way::default(), Way { path: vec!["00000001".parse().unwrap()], until: None, standby: None }]
 }
 
 #[tokio::test(start_paused = true)]
@@ -135,4 +149,44 @@ async fn p6_another_history_on_the_way_is_noticed() {
         let found = other_history(&one, (&other, &theirs), &id, &wal, size()).await.unwrap();
         assert_eq!(found, want, "{}", other.name());
     }
+}
+
+/// Errors, lost answers, delays, bodies cut and with flipped bits, by seed: a request gets the right bytes or an error; "not
+/// there" only what is not there. `PGKEEP_SEEDS` says how many seeds.
+#[tokio::test(start_paused = true)]
+async fn p7_under_faults_by_seed_not_there_is_never_a_lie() {
+    use crate::store::faulty::{FaultPlan, Faulty};
+    let seeds = std::env::var("PGKEEP_SEEDS").map_or(4, |text| text.parse().unwrap());
+    let (mut served, mut failed) = (0, 0);
+    for seed in 0..seeds {
+        let faulty = Faulty::new(Arc::new(MemoryStore::new()), FaultPlan::none(), seed);
+        let repository = holding_in(Arc::new(faulty.clone()), "r0", 1..4, u64::MAX).await;
+        let places = Doors(vec![Some(repository)]);
+        faulty.set_plan(FaultPlan {
+            before: 0.1,
+            after: 0.05,
+            delay: 0.2,
+            delay_to: Duration::from_secs(120),
+            cut: 0.1,
+            flip: 0.1,
+            ..FaultPlan::none()
+        });
+        for way in ways() {
+            for number in [1, 2, 3, 4, 9] {
+                let (answer, bytes) = ask(&places, &way, number).await;
+                match answer {
+                    Ok(Fetched::Served) => {
+                        assert!(bytes == Some(content(number, false)), "seed {seed}: segment {number}");
+                        served += 1;
+                    }
+                    Ok(Fetched::NotThere) => assert!(number > 3 && bytes.is_none(), "seed {seed}: {number} is there"),
+                    Err(_) => {
+                        assert!(bytes.is_none(), "seed {seed}: an error, and a file");
+                        failed += 1;
+                    }
+                }
+            }
+        }
+    }
+    assert!(served > 0 && failed > 0, "{served} served, {failed} failed: nothing was shown");
 }

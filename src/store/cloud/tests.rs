@@ -152,3 +152,20 @@ fn what_opens_it_shows_nowhere() {
     assert!(matches!(error, StoreError::Denied { .. }), "{error}");
     assert!(!format!("{error} {error:?}").contains("s3cr3t"), "{error:?}");
 }
+
+/// What stands between us and the service says 404 of everything, and the service lists the object all the same.
+#[tokio::test]
+async fn p7_a_bare_404_of_an_object_that_is_listed_is_no_missing_object() {
+    let store = store("in/a-folder", pages);
+    store.put_new(&key("a/b"), Body::default()).await.unwrap();
+    store.put_new(&key("a/bc"), Body::default()).await.unwrap();
+    let proxied = CloudStore { objects: Arc::new(InMemory::new()), ..store };
+    for error in [proxied.get(&key("a/b"), None).await.unwrap_err(), proxied.head(&key("a/b")).await.unwrap_err()] {
+        assert!(error.is_transient() && !error.is_not_found(), "{error}");
+    }
+    // A name that only others begin with is missing.
+    for missing in ["a", "a/", "a/bcd", "b"].into_iter().filter_map(|name| Key::new(name).ok()) {
+        assert!(proxied.get(&missing, None).await.unwrap_err().is_not_found(), "{missing}");
+        assert!(proxied.head(&missing).await.unwrap_err().is_not_found(), "{missing}");
+    }
+}
