@@ -203,6 +203,7 @@ impl Bench<'_> {
         let mut next_kill = Duration::from_millis(random.below(500));
         let done = AtomicBool::new(false);
         let end = std::thread::scope(|scope| {
+            let _end = Ends(&done);
             scope.spawn(|| {
                 let aside = self.path("aside");
                 while !done.load(Ordering::Relaxed) {
@@ -226,9 +227,7 @@ impl Bench<'_> {
                     ok(fs::rename(&aside, &repository));
                 }
             });
-            let end = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| recover(&mut pg)));
-            done.store(true, Ordering::Relaxed);
-            end
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| recover(&mut pg)))
         });
         let end = end.unwrap_or_else(|_| panic!("seed {seed}"));
         let log = pg.log();
@@ -336,6 +335,7 @@ fn two_recoveries_at_once_switch_timelines_while_helpers_are_killed() {
                 let data = pg.data_dir().to_owned();
                 let done = AtomicBool::new(false);
                 std::thread::scope(|scope| {
+                    let _end = Ends(&done);
                     scope.spawn(|| {
                         let (mut random, mut last) = (Random(seed as u64), Instant::now());
                         while !done.load(Ordering::Relaxed) {
@@ -348,7 +348,6 @@ fn two_recoveries_at_once_switch_timelines_while_helpers_are_killed() {
                         }
                     });
                     let end = recover(pg);
-                    done.store(true, Ordering::Relaxed);
                     assert_eq!(end, End::Promoted, "{}", pg.log());
                 });
             });
@@ -432,6 +431,15 @@ fn hook(rig: &Rig, data: &Path, before: &str, name: &str) -> Ran {
     support::rig::ran(command)
 }
 
+/// Ends who watches, also when what is watched for fails.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// What another restore left behind is never served; the helper is used, and cleans up behind itself.
 fn recovers_with_a_helper(installation: &Installation, data: &Path, want: &str) {
     let left = data.join("pg_wal/.pgkeep/spool-of-another");
@@ -443,6 +451,7 @@ fn recovers_with_a_helper(installation: &Installation, data: &Path, want: &str) 
     pg.set("fsync=off");
     let (seen, done) = (AtomicBool::new(false), AtomicBool::new(false));
     std::thread::scope(|scope| {
+        let _end = Ends(&done);
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
                 seen.fetch_or(helper_of(data).is_some() && spools(data) > 0 && !left.exists(), Ordering::Relaxed);
@@ -451,7 +460,6 @@ fn recovers_with_a_helper(installation: &Installation, data: &Path, want: &str) 
         });
         let end = recover(&mut pg);
         wait_until("the spool to go when recovery has ended", SOON, || spools(data) == 0);
-        done.store(true, Ordering::Relaxed);
         assert_eq!(end, End::Promoted, "{}", pg.log());
     });
     assert!(seen.load(Ordering::Relaxed), "no helper was met");
@@ -499,7 +507,7 @@ fn p7_the_hooks_exit_code_is_right_or_above_125() {
     served(&names[3]);
     // A full disk, as near as any user can get to it: files may not grow beyond 100 kB.
     let _ = fs::remove_file(&dest);
-    let full = hook(&rig, &data, "rm -f pg_wal/.pgkeep/fetch.sock; ulimit -f 200;", &names[4]);
+    let full = hook(&rig, &data, "ulimit -f 200;", &format!("--no-helper {}", names[4]));
     assert!(full.code.is_none_or(|code| code > 125), "{full:?}");
     assert!(!dest.exists());
     let config = rig.path("pgkeep.toml");

@@ -326,8 +326,8 @@ impl Push<'_> {
         }
         // What was there already was streamed, and indexed by who streamed it.
         if new && self.index && seen.unsound.is_empty() {
-            super::push_index::index_segment(self.repository, &cluster, branch, (seen.segment, seen.size), self.path)
-                .await;
+            let (segment, file) = ((seen.segment, seen.size), (self.path, seen.pieces));
+            super::push_index::index_segment(self.repository, &cluster, branch, segment, file).await;
         }
         Ok(if new { Pushed::Stored } else { Pushed::AlreadyThere })
     }

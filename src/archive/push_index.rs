@@ -10,6 +10,7 @@ use std::io::Read;
 use std::path::Path;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::time::timeout;
 
 use crate::catalog::Repository;
@@ -20,19 +21,27 @@ const PIECE: usize = 1 << 20;
 /// PostgreSQL waits for us.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Indexes the segment in the file at `path`.
+/// Indexes the segment in the file at `path`. `pieces`: all its bytes, or none: then they are read.
 pub(super) async fn index_segment(
     repository: &Repository,
     cluster: &ClusterId,
     branch: Branch,
     (segment, size): (SegmentNumber, SegmentSize),
-    path: &Path,
+    (path, pieces): (&Path, Vec<Bytes>),
 ) {
     let (path, system) = (path.to_owned(), cluster.system);
     let indexed = tokio::task::spawn_blocking(move || {
-        let index = IndexWal::new(segment.start(size), segment.end(size), size, Some(system), Some(branch.timeline));
+        let mut index =
+            IndexWal::new(segment.start(size), segment.end(size), size, Some(system), Some(branch.timeline));
         let next = SegmentNumber::new(segment.get().saturating_add(1)).file_name(branch.timeline, size);
-        read(index, &[&path, &path.with_file_name(next)])
+        let next = path.with_file_name(next);
+        let files = if pieces.is_empty() { vec![path.as_path(), &next] } else { vec![next.as_path()] };
+        for piece in pieces {
+            if let Some(indexed) = index.push(piece).ok()?.into_iter().next() {
+                return Some(indexed);
+            }
+        }
+        read(index, &files)
     });
     let put = async {
         let Ok(Some((bytes, note))) = indexed.await else {

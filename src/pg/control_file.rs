@@ -165,6 +165,25 @@ const CATALOG_VERSIONS: [(u32, u32); 6] =
 /// `floatFormat`: reads as this number only where floats, and the layout up to here, are as we think.
 const FLOAT_FORMAT: f64 = 1_234_567.0;
 
+/// Where the checksum of all bytes before it stands.
+fn checksum_at(version: u32, catalog: u32) -> Result<usize, ControlFileError> {
+    match version {
+        1300 | 1700 => Ok(288),
+        1800 => Ok(292), // one byte more before the nonce, and alignment
+        _ => Err(ControlFileError::Version { version, catalog }),
+    }
+}
+
+/// Changes the system identifier in the file's bytes, and the checksum with it: for copies of a cluster that was never started.
+pub(super) fn set_system_identifier(bytes: &mut [u8], identifier: u64) -> Result<(), ControlFileError> {
+    let read = ControlFile::parse(bytes)?;
+    let crc_at = checksum_at(Raw(bytes).u32(8)?, read.catalog_version)?;
+    bytes[..8].copy_from_slice(&identifier.to_le_bytes());
+    let checksum = crc32c::crc32c(&bytes[..crc_at]);
+    bytes[crc_at..crc_at + 4].copy_from_slice(&checksum.to_le_bytes());
+    Ok(())
+}
+
 impl ControlFile {
     /// Reads the file's bytes. Its checksum is checked first: nothing is believed without it.
     pub fn parse(bytes: &[u8]) -> Result<ControlFile, ControlFileError> {
@@ -172,11 +191,7 @@ impl ControlFile {
         let version = raw.u32(8)?;
         let catalog = raw.u32(12)?;
         let unknown = ControlFileError::Version { version, catalog };
-        let crc_at = match version {
-            1300 | 1700 => 288,
-            1800 => 292, // one byte more before the nonce, and alignment
-            _ => return Err(unknown),
-        };
+        let crc_at = checksum_at(version, catalog)?;
         if crc32c::crc32c(raw.get(0..crc_at)?) != raw.u32(crc_at)? {
             return Err(ControlFileError::Checksum);
         }
@@ -315,6 +330,15 @@ mod tests {
     fn seal(file: &mut [u8]) {
         let crc = crc32c::crc32c(&file[..288]);
         file[288..292].copy_from_slice(&crc.to_le_bytes());
+    }
+
+    #[test]
+    fn a_new_identifier_is_the_only_change() {
+        let mut file = example();
+        set_system_identifier(&mut file, 77).unwrap();
+        let (before, after) = (ControlFile::parse(&example()).unwrap(), ControlFile::parse(&file).unwrap());
+        assert_eq!(after.system, SystemId::new(77));
+        assert_eq!(format!("{:?}", ControlFile { system: before.system, ..after }), format!("{before:?}"));
     }
 
     #[test]

@@ -8,7 +8,8 @@
 # from 15 on, the floor and pgkeep with it off, too.
 [ "${BASH_SOURCE[0]}" != "$0" ] || . "$(dirname "$0")/lib.sh"
 
-replay_ways=(floor cp pgbackrest pgkeep floor-off pgkeep-off)
+# PGKEEP_BENCH_WAYS names some of them.
+read -ra replay_ways <<<"${PGKEEP_BENCH_WAYS:-floor cp pgbackrest pgkeep floor-off pgkeep-off}"
 
 # replay_archive SEGMENTS: a base backup in $WORK/base, and its WAL in three archives. The server is gone then.
 replay_archive() {
@@ -95,7 +96,7 @@ CONF
     [ "${expected:=$rows}" = "$rows" ] || { echo "$1 recovered $rows, and not $expected" >&2; return 1; }
     as "$bindir/pg_ctl" -D "$WORK/data" -m immediate -w stop >/dev/null
     local left
-    for left in $(seq 100); do pgrep -f "(wal-fetch|archive-get).*$WORK" >/dev/null || break; sleep 0.1; done
+    for left in $(seq 100); do pgrep -f "$WORK.*(wal fetch|archive-get)" >/dev/null || break; sleep 0.1; done
     as rm -rf "$WORK/data"; as sh -c "rm -rf '$WORK'/spool/*"
 }
 
@@ -120,7 +121,7 @@ replay_missing() {
         ' "$name" "$command"
     done
     as rm "$WORK/data/postmaster.pid"
-    while pgrep -f "wal-fetch.*$WORK" >/dev/null; do sleep 0.1; done
+    while pgrep -f "$WORK.*wal fetch" >/dev/null; do sleep 0.1; done
     as rm -rf "$WORK/data"
 }
 
@@ -131,15 +132,17 @@ replay_table() {
     count=$(ls "$WORK/wal" | wc -l)
     echo "restore_command: $count segments of 16 MB, $(nproc) processors, $("$bindir/postgres" --version), $(pgbackrest version)"
     replay_missing
-    echo "seconds of redo, and the share of the floor's speed"
+    echo "seconds of redo, and the share of the speed of the first, the floor"
     printf '%-6s' round; printf ' %16s' "${replay_ways[@]}"; echo
     for round in $(seq "$rounds"); do
         declare -A seconds=()
-        local order=("${replay_ways[@]}")
-        [ $((round % 2)) = 1 ] || order=(pgkeep-off floor-off pgkeep pgbackrest cp floor)
+        local order=()
+        for way in "${replay_ways[@]}"; do
+            if [ $((round % 2)) = 1 ]; then order+=("$way"); else order=("$way" "${order[@]}"); fi
+        done
         for way in "${order[@]}"; do replay_once "$way"; seconds[$way]=$took; done
         printf '%-6s' "$round"
-        for way in "${replay_ways[@]}"; do printf ' %9s (%s)' "${seconds[$way]}" "$(ratio "${seconds[floor]}" "${seconds[$way]}")"; done
+        for way in "${replay_ways[@]}"; do printf ' %9s (%s)' "${seconds[$way]}" "$(ratio "${seconds[${replay_ways[0]}]}" "${seconds[$way]}")"; done
         echo
     done
 }

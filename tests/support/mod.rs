@@ -41,8 +41,9 @@ impl TestPg {
 
     /// A new cluster made as `options` say, started.
     #[track_caller]
-    pub fn start_with(options: InitOptions) -> TestPg {
+    pub fn start_with(mut options: InitOptions) -> TestPg {
         covered(&options.installation);
+        options.templates.get_or_insert_with(templates);
         let mut instance = ok(Instance::init(options));
         ok(instance.start());
         TestPg(instance)
@@ -85,6 +86,11 @@ impl DerefMut for TestPg {
     fn deref_mut(&mut self) -> &mut Instance {
         &mut self.0
     }
+}
+
+/// Where clusters as initdb made them are kept. It may be removed at any time.
+fn templates() -> PathBuf {
+    PathBuf::from(format!("/var/tmp/pgkeep-templates-{}", rustix::process::getuid().as_raw()))
 }
 
 /// The newest minor of every major that is found, oldest first. Looked for once.

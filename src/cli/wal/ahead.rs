@@ -18,7 +18,9 @@ use async_trait::async_trait;
 use clap::Parser;
 use tokio::sync::OnceCell;
 
+use super::Role;
 use super::fetch::{self, Configured};
+use super::quick::{FETCH, Plain};
 use crate::cli::{Cli, CliError, Command, Context, logging};
 use crate::config::RepositoryConfig;
 use crate::helper::{self, Answer, Call, Patience, Place, Rules, Serve};
@@ -29,9 +31,6 @@ use crate::restore::fetch::{FetchError, Local, Way, local};
 use crate::types::ClusterName;
 
 const KIND: &str = "fetch";
-/// First words of the command lines that only we write.
-const KEEPER: &str = "wal-fetch-keeper";
-const HELPER: &str = "wal-fetch-helper";
 /// What a helper answers.
 const SERVED: u8 = 0;
 const NOT_THERE: u8 = 1;
@@ -41,49 +40,32 @@ const IDLE: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(500);
 /// Files that were named to a hook and may not be renamed yet.
 const HANDED_OUT: usize = 2;
-const OPTIONS_WITH_VALUE: [&str; 6] = ["--config", "--cluster", "--repository", "--from", "--path", "--until"];
 
-/// A command line as `restore` writes it, for which a helper may work.
-struct Plain<'a> {
-    /// All but the last two words.
-    options: Vec<&'a OsStr>,
-    config: &'a Path,
-    name: &'a str,
-    dest: &'a Path,
+/// A call of the hook for which a helper may work: as `restore` writes it.
+struct Request {
+    plain: Plain,
+    name: String,
+    dest: PathBuf,
 }
 
-impl<'a> Plain<'a> {
+impl Request {
     /// `None`: anything out of the ordinary, which the whole command understands.
-    fn read(args: &'a [OsString]) -> Option<Plain<'a>> {
-        let (dest, rest) = args.get(1..)?.split_last()?;
-        let (name, options) = rest.split_last()?;
-        let (mut config, mut hook) = (None, Vec::new());
-        let mut words = options.iter();
-        while let Some(word) = words.next() {
-            match word.to_str()? {
-                option if OPTIONS_WITH_VALUE.contains(&option) => {
-                    let value = words.next()?;
-                    if option == "--config" {
-                        config = Some(Path::new(value));
-                    }
-                }
-                "--standby" => {}
-                word => hook.push(word),
-            }
-        }
-        let (name, dest) = (name.to_str()?, Path::new(dest));
-        let is_plain = hook == ["wal", "fetch"] && !name.starts_with('-') && dest.parent() == Some(Path::new("pg_wal"));
-        let options = options.iter().map(OsString::as_os_str).collect();
-        is_plain.then_some(Plain { options, config: config?, name, dest })
-    }
-
-    fn call(&self) -> Call {
-        let options = self.options.iter().map(OsString::from).collect();
-        Call { configuration: self.config.to_owned(), options }
+    fn read(args: &[OsString]) -> Option<Request> {
+        let plain = Plain::read(args, "fetch", &FETCH)?;
+        let [name, dest] = plain.words.as_slice() else { return None };
+        let (name, dest) = (name.to_str()?.to_owned(), PathBuf::from(dest));
+        let is_ordinary = plain.named.is_empty() && dest.parent() == Some(Path::new("pg_wal"));
+        is_ordinary.then_some(Request { plain, name, dest })
     }
 
     fn place() -> Place {
         Place::new("", KIND)
+    }
+
+    /// The command line of the helper that begins behind this file, or of who waits for it.
+    fn command<'a>(&'a self, role: &'a str) -> Vec<&'a OsStr> {
+        let rest = [OsStr::new("--helper"), OsStr::new(role), OsStr::new(&self.name), self.dest.as_os_str()];
+        self.plain.command("fetch", &rest)
     }
 
     /// The short way: no runtime, no configuration, no key. `None`: the whole command has to answer.
@@ -92,10 +74,10 @@ impl<'a> Plain<'a> {
             return None; // a person tries it by hand
         }
         let place = Self::place();
-        let fingerprint = self.call().fingerprint(&place).ok()?;
-        let answer = helper::ask(&place, &fingerprint, self.name, Patience::of(fetch::DEADLINE)).ok()?;
+        let fingerprint = self.plain.call()?.fingerprint(&place).ok()?;
+        let answer = helper::ask(&place, &fingerprint, &self.name, Patience::of(fetch::DEADLINE)).ok()?;
         match answer.code {
-            SERVED => fs::rename(staged_at(&place, &answer.text)?, self.dest).ok().map(|()| SERVED),
+            SERVED => fs::rename(staged_at(&place, &answer.text)?, &self.dest).ok().map(|()| SERVED),
             NOT_THERE => Some(NOT_THERE),
             _ => None,
         }
@@ -122,31 +104,26 @@ fn is_in_recovery() -> bool {
 
 /// The exit code, where it can be had without the whole command. Also runs the processes that only [`after`] starts.
 pub fn quick(args: &[OsString]) -> Option<u8> {
-    let first = args.get(1)?;
-    if first == KEEPER {
-        let rest = args.get(2..).unwrap_or_default();
-        let arguments = std::iter::once(OsStr::new(HELPER)).chain(rest.iter().map(OsString::as_os_str));
-        return Some(u8::from(helper::keep(&arguments.collect::<Vec<_>>()).is_err()));
-    }
-    if first == HELPER {
-        let program = args.first().cloned().unwrap_or_default();
-        let args: Vec<OsString> = std::iter::once(program).chain(args.iter().skip(2).cloned()).collect();
-        return Some(u8::from(!help(&args)));
-    }
-    catch_unwind(|| Plain::read(args)?.ask()).ok().flatten() // a panic is an answer of the whole command
+    let answer = || {
+        let request = Request::read(args)?;
+        match request.plain.role {
+            None => request.ask(),
+            Some(Role::Keep) => Some(u8::from(helper::keep(&request.command("serve")).is_err())),
+            Some(Role::Serve) => Some(u8::from(!help(args, &request))),
+        }
+    };
+    catch_unwind(AssertUnwindSafe(answer)).ok().flatten() // a panic is an answer of the whole command
 }
 
 /// After the whole command: where it served a segment, a helper opens what follows it for the next calls.
 pub fn after(args: &[OsString], code: u8) {
     let begin = AssertUnwindSafe(|| {
-        let Some(plain) = Plain::read(args) else { return };
-        if code != SERVED || plain.name.len() != 24 || !is_in_recovery() {
+        let Some(request) = Request::read(args) else { return };
+        if code != SERVED || request.plain.role.is_some() || request.name.len() != 24 || !is_in_recovery() {
             return;
         }
-        let rest = args.iter().skip(1).map(OsString::as_os_str);
-        let arguments: Vec<&OsStr> = std::iter::once(OsStr::new(KEEPER)).chain(rest).collect();
         // Without one the next call takes longer.
-        if let Err(error) = helper::start(&Plain::place(), &arguments) {
+        if let Err(error) = helper::start(&Request::place(), &request.command("keep")) {
             tracing::debug!(%error, "no helper");
         }
     });
@@ -155,9 +132,9 @@ pub fn after(args: &[OsString], code: u8) {
 
 // ---- the helper
 
-/// The helper's whole life. `args` are the hook's.
-fn help(args: &[OsString]) -> bool {
-    let Some(call) = Plain::read(args).map(|plain| plain.call()) else { return false };
+/// The helper's whole life.
+fn help(args: &[OsString], request: &Request) -> bool {
+    let Some(call) = request.plain.call() else { return false };
     let Ok(Cli { global, command }) = Cli::try_parse_from(args) else { return false };
     let context = Context::new(global);
     logging::start(&context, &command);
@@ -173,7 +150,7 @@ fn help(args: &[OsString]) -> bool {
 }
 
 async fn work(context: &Context, args: fetch::Args, call: Call) -> Result<(), CliError> {
-    let place = Plain::place();
+    let place = Request::place();
     // Before the configuration is read: what is read then is at least as new as what the hooks are compared with.
     let Ok(fingerprint) = call.fingerprint(&place) else { return Ok(()) };
     let config = context.config()?;
@@ -314,25 +291,39 @@ mod tests {
 
     #[test]
     fn only_what_restore_writes_takes_the_short_way() {
-        let of = |line: &str| Plain::read(&words(line)).map(|plain| (plain.options.len(), plain.name.to_owned()));
+        let of = |line: &str| Request::read(&words(line)).map(|request| (request.plain.options.len(), request.name));
         let name = "000000010000000000000001";
         let dest = "pg_wal/RECOVERYXLOG";
-        assert_eq!(of(&format!("pgkeep --config c wal fetch {name} {dest}")), Some((4, name.to_owned())));
+        assert_eq!(of(&format!("pgkeep --config c wal fetch {name} {dest}")), Some((2, name.to_owned())));
         let way = "--config c --cluster m wal fetch --from a,b --path 00000001@0/5,00000002 --until 0/7 --standby";
-        assert_eq!(of(&format!("pgkeep {way} {name} {dest}")), Some((13, name.to_owned())));
+        assert_eq!(of(&format!("pgkeep {way} {name} {dest}")), Some((11, name.to_owned())));
         for odd in [
-            format!("pgkeep wal fetch {name} {dest}"),
             format!("pgkeep --config c wal fetch --no-helper {name} {dest}"),
             format!("pgkeep --config c wal push {name} {dest}"),
             format!("pgkeep --config c wal fetch {name} /tmp/x"),
             format!("pgkeep --config c wal fetch {name} ../pg_wal/x"),
-            format!("pgkeep --config c -v wal fetch {name} {dest}"),
+            format!("pgkeep --config c --json wal fetch {name} {dest}"),
             format!("pgkeep --config c wal fetch --until {name} {dest}"),
-            format!("pgkeep --config=c wal fetch {name} {dest}"),
+            format!("pgkeep --config c wal fetch {name}"),
             "pgkeep".to_owned(),
             String::new(),
         ] {
             assert_eq!(of(&odd), None, "{odd}");
+        }
+    }
+
+    /// What a helper is started with is what the call that starts it had: otherwise it would never be for that call.
+    #[test]
+    fn a_helper_has_its_callers_options() {
+        let call =
+            Request::read(&words("pgkeep --config=c wal fetch --from a 000000010000000000000001 pg_wal/x")).unwrap();
+        for (word, role) in [("keep", Role::Keep), ("serve", Role::Serve)] {
+            let args: Vec<OsString> =
+                [OsStr::new("pgkeep")].into_iter().chain(call.command(word)).map(OsString::from).collect();
+            let started = Request::read(&args).unwrap();
+            assert_eq!((&started.plain.options, &started.name), (&call.plain.options, &call.name));
+            assert_eq!(started.plain.role, Some(role));
+            assert!(Cli::try_parse_from(&args).is_ok());
         }
     }
 }

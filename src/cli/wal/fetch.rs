@@ -48,10 +48,17 @@ pub struct Args {
     /// Do the work in this process, and start none that opens ahead what will be asked for next
     #[arg(long)]
     pub no_helper: bool,
+    /// Be the helper that begins behind NAME, or who waits for it: for pgkeep's own use
+    #[arg(long, hide = true, value_name = "ROLE")]
+    pub helper: Option<super::Role>,
 }
 
 /// Runs the command.
 pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
+    if args.helper.is_some() {
+        // It writes nothing that a server asked for: that call was answered long ago.
+        return Err(CliError::usage(anyhow::anyhow!("a helper is started by `wal fetch`, not by hand")));
+    }
     if args.standby {
         let is_request = args.name.parse::<WalFileName>().is_ok();
         return match serve(context, &args).await {

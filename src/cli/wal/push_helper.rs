@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 
 use super::push::{HELPER, Pusher};
-use super::quick::Plain;
+use super::quick::{PUSH, Plain};
 use crate::archive::push_ahead::{PushAhead, PushFile};
 use crate::cli::logging::Collected;
 use crate::cli::{CliError, Context, Exit};
@@ -30,7 +30,7 @@ const JOBS: (usize, usize) = (2, 4);
 pub(super) async fn run(context: &Context) -> Result<Exit, CliError> {
     let args: Vec<_> = std::env::args_os().collect();
     let not_plain = || CliError::usage(anyhow::anyhow!("a helper is started by `wal push`, not by hand"));
-    let call = Plain::read(&args, "push", &[]).and_then(|plain| plain.call()).ok_or_else(not_plain)?;
+    let call = Plain::read(&args, "push", &PUSH).and_then(|plain| plain.call()).ok_or_else(not_plain)?;
     let place = Place::new("", HELPER);
     // Before the configuration is read: what changes from now on is another call.
     let failed = |error: io::Error| CliError::failed(error).context("look at the configuration and the data directory");

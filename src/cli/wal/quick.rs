@@ -30,10 +30,19 @@ pub enum Role {
 /// The helper has a deadline of its own, which ends before this is over.
 const LONGER: Duration = Duration::from_secs(10);
 
-/// Options of every command that a hook may have, with a value.
-const VALUED: [&str; 3] = ["--config", "--cluster", "--repository"];
-/// Those without.
-const FLAGS: [&str; 5] = ["-q", "--quiet", "-v", "-vv", "--verbose"];
+/// Options that a hook may have and that its helper has to have in common with it; the second half of each has a value.
+pub(in crate::cli) struct Options {
+    flags: &'static [&'static str],
+    valued: &'static [&'static str],
+}
+
+/// Those of every command.
+const GLOBAL: Options =
+    Options { flags: &["-q", "--quiet", "-v", "-vv", "--verbose"], valued: &["--config", "--cluster", "--repository"] };
+/// Those of `wal push`.
+pub(in crate::cli) const PUSH: Options = Options { flags: &[], valued: &[] };
+/// Those of `wal fetch`.
+pub(in crate::cli) const FETCH: Options = Options { flags: &["--standby"], valued: &["--from", "--path", "--until"] };
 
 /// A hook's command line in its plain form.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -50,9 +59,9 @@ pub(in crate::cli) struct Plain {
 }
 
 impl Plain {
-    /// Reads `pgkeep [options] wal HOOK [options] words`. `valued`: the hook's own options that have a value. `None`: anything that
-    /// is not plain, which the parser proper shall judge.
-    pub(in crate::cli) fn read(args: &[OsString], hook: &str, valued: &[&str]) -> Option<Plain> {
+    /// Reads `pgkeep [options] wal HOOK [options] words`. `own`: the hook's options. `None`: anything that is not plain, which the
+    /// parser proper shall judge.
+    pub(in crate::cli) fn read(args: &[OsString], hook: &str, own: &Options) -> Option<Plain> {
         let (mut plain, mut command) = (Plain::default(), ["wal", hook].into_iter());
         let mut args = args.iter().skip(1);
         while let Some(arg) = args.next() {
@@ -71,7 +80,7 @@ impl Plain {
                         _ => return None,
                     });
                 }
-                name if VALUED.contains(&name) || valued.contains(&name) => {
+                name if GLOBAL.valued.contains(&name) || own.valued.contains(&name) => {
                     let has_value = value.is_some();
                     let value = value.or_else(|| args.next().cloned())?;
                     if name == "--config" {
@@ -80,7 +89,9 @@ impl Plain {
                     plain.options.push(arg.clone());
                     plain.options.extend((!has_value).then_some(value));
                 }
-                name if FLAGS.contains(&name) => plain.options.push(arg.clone()),
+                name if (GLOBAL.flags.contains(&name) || own.flags.contains(&name)) && value.is_none() => {
+                    plain.options.push(arg.clone());
+                }
                 name if name.starts_with('-') || name.is_empty() => return None,
                 name => match command.next() {
                     Some(word) if word == name => {}
@@ -99,16 +110,16 @@ impl Plain {
         Some(Call { configuration, options: self.options.clone() })
     }
 
-    /// The command line `pgkeep OPTIONS wal HOOK REST`.
+    /// The command line `pgkeep wal HOOK OPTIONS REST`: behind the hook both its own options and those of every command are taken.
     pub(in crate::cli) fn command<'a>(&'a self, hook: &'a str, rest: &[&'a OsStr]) -> Vec<&'a OsStr> {
         let options = self.options.iter().map(OsString::as_os_str);
-        options.chain(["wal", hook].map(OsStr::new)).chain(rest.iter().copied()).collect()
+        ["wal", hook].map(OsStr::new).into_iter().chain(options).chain(rest.iter().copied()).collect()
     }
 }
 
 /// The whole of a plain `wal push`, but for the helper itself and for the child that does the work here; its exit code.
 pub(in crate::cli) fn push(args: &[OsString]) -> Option<u8> {
-    let plain = Plain::read(args, "push", &[])?;
+    let plain = Plain::read(args, "push", &PUSH)?;
     match plain.role {
         Some(Role::Keep) => {
             let serve = plain.command("push", &["--helper", "serve"].map(OsStr::new));
@@ -177,7 +188,7 @@ mod tests {
 
     fn read(line: &str) -> Option<Plain> {
         let args: Vec<OsString> = line.split(' ').map(OsString::from).collect();
-        Plain::read(&args, "push", &["--from"])
+        Plain::read(&args, "push", &PUSH)
     }
 
     #[test]
@@ -189,7 +200,6 @@ mod tests {
         assert_eq!(plain.config.as_deref(), Some(Path::new("/etc/x.toml")));
         assert_eq!(read("pgkeep wal push --no-helper x").unwrap().named, ["--no-helper"]);
         assert_eq!(read("pgkeep wal push --helper serve").unwrap().role, Some(Role::Serve));
-        assert_eq!(read("pgkeep wal push --from a,b x").unwrap().options, ["--from", "a,b"]);
         for other in [
             "pgkeep",
             "pgkeep wal",
@@ -202,6 +212,9 @@ mod tests {
             "pgkeep wal push x --config",
             "pgkeep wal push --helper nonsense",
             "pgkeep wal push --here=1 x",
+            "pgkeep wal push --standby x",
+            "pgkeep wal push --from a x",
+            "pgkeep -q=1 wal push x",
             "pgkeep list",
         ] {
             assert_eq!(read(other), None, "{other}");
@@ -214,7 +227,7 @@ mod tests {
         let call = read("pgkeep --config=/x.toml wal -v push --cluster c pg_wal/x").unwrap();
         let started = call.command("push", &["--helper", "serve"].map(OsStr::new));
         let args: Vec<OsString> = [OsStr::new("pgkeep")].into_iter().chain(started).map(OsString::from).collect();
-        let helper = Plain::read(&args, "push", &[]).unwrap();
+        let helper = Plain::read(&args, "push", &PUSH).unwrap();
         assert_eq!((&helper.options, helper.role), (&call.options, Some(Role::Serve)));
     }
 

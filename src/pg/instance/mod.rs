@@ -11,6 +11,7 @@
 
 mod error;
 mod installation;
+mod template;
 mod user;
 
 use std::fs::{self, File, OpenOptions};
@@ -66,6 +67,8 @@ pub struct InitOptions {
     pub extra_conf: String,
     /// More arguments of initdb.
     pub initdb_args: Vec<String>,
+    /// Where clusters as initdb made them are kept, to be copied; only we may write there. `None`: initdb runs.
+    pub templates: Option<PathBuf>,
 }
 
 impl InitOptions {
@@ -80,6 +83,7 @@ impl InitOptions {
             tcp: false,
             extra_conf: String::new(),
             initdb_args: Vec::new(),
+            templates: None,
         }
     }
 }
@@ -135,8 +139,12 @@ impl Instance {
             arguments.push(format!("--wal-segsize={}", size.bytes() >> 20));
         }
         arguments.extend(options.initdb_args);
-        arguments.extend(["-D".to_owned(), instance.data.display().to_string()]);
-        instance.installation.run("initdb", &arguments, INIT_DEADLINE)?.checked()?;
+        if let Some(templates) = options.templates {
+            template::copy(&instance.installation, &arguments, &templates, &instance.data)?;
+        } else {
+            arguments.extend(["-D".to_owned(), instance.data.display().to_string()]);
+            instance.installation.run("initdb", &arguments, INIT_DEADLINE)?.checked()?;
+        }
         instance.append_conf("lc_messages = 'C'\nshared_buffers = 32MB\nmax_connections = 20\n")?;
         instance.append_conf(&options.extra_conf)?;
         Ok(instance)
