@@ -13,11 +13,11 @@ mod s3;
 
 use std::collections::BTreeSet;
 
-use containers::{CONFIG, Load, S3_PORT, SOON, Wanted, World};
+use containers::{CONFIG, Load, S3_PORT, Wanted, World, wait_for};
 use pgkeep::seal::KeyFile;
 use s3::{TestS3, TestS3Options};
 use secrecy::ExposeSecret;
-use support::{ok, wait_until};
+use support::ok;
 
 /// The S3 server's container runs this binary again, with `PGKEEP_TEST_S3_LISTEN` set. Else nothing.
 #[test]
@@ -75,14 +75,10 @@ fn bucket(world: &mut World, networks: &[&str]) -> (String, String) {
 /// Restores to latest on another host, starts a server there, and judges: everything that was noted is in it.
 fn judge(world: &mut World, networks: &[&str], repository: &[(&str, &str)], noted: &BTreeSet<u64>) {
     world.volume("restored", None);
-    let script = format!(
-        "chown postgres:postgres /data
-         $as_postgres pgkeep --config {CONFIG} restore --to latest --pgdata /data/pg --action promote"
-    );
+    let restore =
+        format!("$as_postgres pgkeep --config {CONFIG} restore --to latest --pgdata /data/pg --action promote");
     let volumes = [&[("restored", "/data")], repository].concat();
-    world.start(Wanted { name: "restore", networks, volumes: &volumes, script, ..Wanted::default() });
-    world.wait_ended("restore");
-    world.postgres("restored", networks, &volumes, "");
+    world.postgres("restored", networks, &volumes, Some(&restore));
     world.wait_ready("restored", true);
     let there = world.sql("restored", "SELECT id::text FROM judged");
     let there: BTreeSet<u64> = there.lines().map(|id| ok(id.parse())).collect();
@@ -109,7 +105,7 @@ fn p1_cut_off_paused_and_moved_and_then_the_primary_is_lost_with_its_volume() {
     let (place, repo) = bucket(&mut world, &["store"]);
     hand_out(&mut world, &place, &["a"]);
     world.volume("a", None);
-    world.postgres("a", &["db"], &[("a", "/data")], "");
+    world.postgres("a", &["db"], &[("a", "/data")], None);
     world.wait_ready("a", true);
     keeper(&mut world, "keeper", &["db", "store"], &[], Some(&repo));
     world.sql("a", "CREATE TABLE judged (id bigint, filler text)"); // returns when it is archived
@@ -128,7 +124,7 @@ fn p1_cut_off_paused_and_moved_and_then_the_primary_is_lost_with_its_volume() {
     // Until the server has given the connection up.
     world.cut("keeper", "db");
     while_waiting(&world, &load, "a", "server cut off for long", |world| {
-        wait_until("the server to give up", SOON, || world.sql("a", walsender).is_empty());
+        wait_for("the server to give up", || world.sql("a", walsender).is_empty());
     });
     world.heal("keeper", "db");
     load.more(50);
@@ -173,7 +169,7 @@ fn p1_a_standby_is_promoted_comes_back_under_another_address_and_is_lost() {
     hand_out(&mut world, &place, &["a", "b"]);
     world.volume("a", None);
     world.volume("b", None);
-    world.postgres("a", &["net"], &[("a", "/data")], "");
+    world.postgres("a", &["net"], &[("a", "/data")], None);
     world.wait_ready("a", true);
     keeper(&mut world, "keeper", &["net"], &[], Some(&repo));
     world.sql("a", "CREATE TABLE judged (id bigint, filler text)");
@@ -187,18 +183,15 @@ fn p1_a_standby_is_promoted_comes_back_under_another_address_and_is_lost() {
         world.full("a")
     );
     world.handed.insert("standby.conf".to_owned(), standby);
-    let script = format!(
-        "chown postgres:postgres /data
-         $as_postgres pgkeep --config {CONFIG} restore --to latest --pgdata /data/pg
+    let restore = format!(
+        "$as_postgres pgkeep --config {CONFIG} restore --to latest --pgdata /data/pg
          cat /etc/pgkeep/standby.conf >> /data/pg/postgresql.auto.conf
          mv /data/pg/recovery.signal /data/pg/standby.signal"
     );
-    world.start(Wanted { name: "make-b", networks: &["net"], volumes: &[("b", "/data")], script, ..Wanted::default() });
-    world.wait_ended("make-b");
-    world.postgres("b", &["net"], &[("b", "/data")], "");
+    world.postgres("b", &["net"], &[("b", "/data")], Some(&restore));
     world.wait_ready("b", false);
     let streams = "SELECT count(*)::text FROM pg_stat_replication WHERE application_name = 'b'";
-    wait_until("the standby to stream", SOON, || world.sql("a", streams) == "1");
+    wait_for("the standby to stream", || world.sql("a", streams) == "1");
     let load = Load::start(world.conninfo(&["a"]), 4);
     load.more(100);
 
@@ -223,7 +216,7 @@ fn p1_a_standby_is_promoted_comes_back_under_another_address_and_is_lost() {
             break;
         }
     }
-    world.postgres("b", &["net"], &[("b", "/data")], "");
+    world.postgres("b", &["net"], &[("b", "/data")], None);
     assert_ne!(world.address("b", "net"), old);
     world.wait_ready("b", true);
     load.redirect(world.conninfo(&["b"]));
@@ -242,7 +235,7 @@ fn p1_a_full_disk_is_said_and_loses_nothing() {
     world.volume("small", Some(48));
     hand_out(&mut world, "path = \"/small/repository\"", &["a"]);
     world.volume("a", None);
-    world.postgres("a", &["net"], &[("a", "/data")], "");
+    world.postgres("a", &["net"], &[("a", "/data")], None);
     world.wait_ready("a", true);
     let small = [("small", "/small")];
     keeper(&mut world, "keeper", &["net"], &small, Some("--repo /small/repository"));
@@ -256,7 +249,8 @@ fn p1_a_full_disk_is_said_and_loses_nothing() {
     // What is preallocated may still be filled; this is more. Not in a transaction: nobody waits for it.
     let random = "SELECT string_agg(md5(random()::text), '') FROM generate_series(1, 400000)";
     world.sql("a", &format!("SELECT pg_logical_emit_message(false, 'fill', ({random}))::text"));
-    while_waiting(&world, &load, "a", "disk full", |world| world.wait_log("keeper", "No space left"));
+    world.wait_log("keeper", "No space left");
+    while_waiting(&world, &load, "a", "disk full", |_| ());
     world.done("keeper", "rm /small/filler");
     load.more(100);
 

@@ -16,7 +16,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pgkeep::pg::conninfo::Environment;
 use pgkeep::pg::{ConnInfo, ConnectOptions, PgError, Session};
@@ -32,7 +32,7 @@ use testcontainers::{ContainerAsync, GenericImage, ImageExt};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 
-use crate::support::{note, ok, wait_until};
+use crate::support::{note, ok};
 
 /// Every wait for a condition.
 pub const SOON: Duration = Duration::from_secs(90);
@@ -189,16 +189,20 @@ impl World {
         }
     }
 
-    /// PostgreSQL on the volume at `/data`: a new cluster where it has none, with these lines in its configuration.
-    pub fn postgres(&mut self, name: &str, networks: &[&str], volumes: &[(&str, &str)], conf: &str) {
-        let initdb =
-            "initdb -D /data/pg -A trust -U postgres --locale=C -E UTF8 --no-sync --data-checksums --wal-segsize=4";
+    /// PostgreSQL on the volume at `/data`. Where that is empty, `make` is run by the shell to make `/data/pg`; without it
+    /// there will be a new cluster.
+    pub fn postgres(&mut self, name: &str, networks: &[&str], volumes: &[(&str, &str)], make: Option<&str>) {
+        let new = format!(
+            "$as_postgres initdb -D /data/pg -A trust -U postgres --locale=C -E UTF8 --no-sync --data-checksums \
+               --wal-segsize=4 >/dev/null
+             echo \"{CONF}\" >> /data/pg/postgresql.conf
+             printf 'host all all all trust\\nhost replication all all trust\\n' >> /data/pg/pg_hba.conf"
+        );
+        let make = make.unwrap_or(&new);
         let script = format!(
             "chown postgres:postgres /data
              if [ ! -d /data/pg ]; then
-               $as_postgres {initdb} >/dev/null
-               printf '%s\\n' \"{COMMON}\" \"{conf}\" >> /data/pg/postgresql.conf
-               printf 'host all all all trust\\nhost replication all all trust\\n' >> /data/pg/pg_hba.conf
+               {make}
              fi
              exec $as_postgres postgres -D /data/pg -c listen_addresses=* -c unix_socket_directories=/run/postgresql \
                -c fsync=off -c logging_collector=off"
@@ -211,7 +215,7 @@ impl World {
     pub fn wait_ready(&mut self, name: &str, writes: bool) {
         let sql = if writes { "SELECT NOT pg_is_in_recovery()" } else { "SELECT true" };
         let what = format!("{name} to answer {sql}");
-        wait_until(&what, SOON, || {
+        wait_for(&what, || {
             self.assert_runs(name);
             self.try_sql(name, sql).as_deref() == Ok("t")
         });
@@ -261,17 +265,6 @@ impl World {
         assert!(runs, "{name} has ended:\n{}", self.log(name));
     }
 
-    /// Waits until a container has done its work, which must succeed.
-    #[track_caller]
-    pub fn wait_ended(&mut self, name: &str) -> String {
-        wait_until(&format!("{name} to end"), SOON, || !ok(self.runtime.block_on(self.containers[name].is_running())));
-        let code = ok(self.runtime.block_on(self.containers[name].exit_code()));
-        let log = self.log(name);
-        assert_eq!(code, Some(0), "{name}: {log}");
-        ok(self.runtime.block_on(self.containers.remove(name).expect("a container").rm()));
-        log
-    }
-
     // ---- what is asked of them
 
     /// All that it has written to stdout and stderr.
@@ -285,7 +278,7 @@ impl World {
 
     #[track_caller]
     pub fn wait_log(&self, name: &str, words: &str) {
-        wait_until(&format!("{words:?} in the log of {name}"), SOON, || self.log(name).contains(words));
+        wait_for(&format!("{words:?} in the log of {name}"), || self.log(name).contains(words));
     }
 
     /// Runs a command of a shell in it, as the server's user: its exit code, and all it wrote.
@@ -358,7 +351,7 @@ impl World {
 }
 
 /// Every server of these tests: commits wait for pgkeep, from the first one on.
-const COMMON: &str = "synchronous_standby_names = pgkeep
+const CONF: &str = "synchronous_standby_names = pgkeep
 max_connections = 30
 shared_buffers = 32MB
 lc_messages = C
@@ -392,6 +385,16 @@ impl Drop for World {
                 }
             }
         });
+    }
+}
+
+/// Asks `ready` again and again until it says yes. Not more often: an answer costs the engine, or a server, a process.
+#[track_caller]
+pub fn wait_for(what: &str, mut ready: impl FnMut() -> bool) {
+    let since = Instant::now();
+    while !ready() {
+        assert!(since.elapsed() < SOON, "waited {SOON:?} for {what}, in vain");
+        std::thread::sleep(Duration::from_millis(100));
     }
 }
 
@@ -451,16 +454,22 @@ impl Load {
     #[track_caller]
     pub fn more(&self, commits: usize) {
         let wanted = self.noted() + commits;
-        wait_until(&format!("{commits} more commits"), SOON, || self.noted() >= wanted);
+        wait_for(&format!("{commits} more commits"), || self.noted() >= wanted);
     }
 
-    /// Waits until every client waits for the archive: what has returned is all that will for now.
+    /// Waits until every client waits for the archive, at five looks in a row, and none was let go between them (they all wait
+    /// for a moment when nothing is wrong, too): what has returned is all that will for now.
     #[track_caller]
     pub fn wait_all_wait(&self, world: &World, server: &str) -> usize {
         let waiting = "SELECT count(*)::text FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
         let all = self.count.to_string();
-        wait_until("all clients to wait", SOON, || world.sql(server, waiting) == all);
-        self.noted()
+        let (mut noted, mut looks) = (self.noted(), 0);
+        wait_for("all clients to wait", || {
+            let same = world.sql(server, waiting) == all && self.noted() == noted;
+            (noted, looks) = (self.noted(), if same { looks + 1 } else { 0 });
+            looks == 5
+        });
+        noted
     }
 
     /// The server is somewhere else now.
