@@ -158,7 +158,7 @@ pub struct Protected {
 }
 
 impl Protected {
-    /// A new cluster and a new directory repository, `pgkeep run` between them, and a base backup. Some two seconds.
+    /// A new cluster and a new directory repository, `pgkeep run` between them, and a base backup.
     pub fn start(options: Options) -> Result<Protected, TestingError> {
         let installation = match options.installation {
             Some(installation) => installation,

@@ -113,7 +113,7 @@ fn p1_cut_off_paused_and_moved_and_then_the_primary_is_lost_with_its_volume() {
     let load = Load::start(world.conninfo(&["a"]), 4);
     load.more(100);
 
-    // From the server, for a moment: the connection survives it.
+    // From the server, for a moment.
     let walsender =
         "SELECT pid::text FROM pg_stat_replication WHERE application_name = 'pgkeep' AND state = 'streaming'";
     world.cut("keeper", "db");
