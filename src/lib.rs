@@ -25,5 +25,7 @@ pub mod plan;
 pub mod restore;
 pub mod seal;
 pub mod store;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod types;
 pub mod wal;

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole test suite, against real PostgreSQL servers; makes available what is missing (testenv/servers.sh).
-# The last lines say which majors of PostgreSQL and which S3 servers were covered. Fewer than three majors, no 15, or no S3
-# server that others wrote (moto: testenv/moto.sh), is a failure.
+# The last lines say which majors of PostgreSQL and which S3 servers were covered, and what ran in containers. Fewer than
+# three majors, no 15, or no S3 server that others wrote (moto: testenv/moto.sh), is a failure; so are fewer than three majors in
+# containers where a Docker engine answers (testenv/containers.sh). Without an engine those tests are skipped, and it is said.
 #
 #   testenv/test.sh                 everything
 #   testenv/test.sh FILTER...       only what matches (cargo's or nextest's words); coverage is shown, not judged
@@ -20,6 +21,12 @@ export PGKEEP_PG_BINDIRS="${PGKEEP_PG_BINDIRS:+$PGKEEP_PG_BINDIRS:}$found"
 
 [ -n "${PGKEEP_MOTO:-}" ] || PGKEEP_MOTO=$(testenv/moto.sh) || echo "test: no moto" >&2
 export PGKEEP_MOTO=${PGKEEP_MOTO:-}
+
+engine=yes
+if [ -z "${PGKEEP_CONTAINERS:-}" ]; then
+  PGKEEP_CONTAINERS=$(testenv/containers.sh) || { [ $? -ne 3 ] || engine=no; PGKEEP_CONTAINERS=; }
+fi
+export PGKEEP_CONTAINERS
 
 coverage=${CARGO_TARGET_DIR:-$PWD/target}/coverage-of-majors
 rm -rf "$coverage"
@@ -73,6 +80,21 @@ for server in s3-in-process s3-moto s3-garage; do
 done
 if [ $# -eq 0 ] && [ "$moto_covered" = no ]; then
   echo "FAILED: no S3 server that others wrote was covered (testenv/moto.sh says why)"
+  [ "$status" -ne 0 ] || status=1
+fi
+
+notes=$(find "$coverage" -name '*.txt' -exec cat {} + | awk '$1 == "containers" {print $2, $3}' | sort -u)
+in_containers=$(awk '{print $1}' <<<"$notes" | sort -un | paste -sd ' ')
+if [ "$engine" = no ]; then
+  echo "containers: SKIPPED, no Docker engine"
+elif [ -z "$notes" ]; then
+  echo "containers: NONE ran, and a Docker engine answers"
+else
+  echo "containers: $(awk '{print $2}' <<<"$notes" | sort -u | wc -l) tests, majors $in_containers"
+fi
+[ "$engine" = no ] || testenv/containers.sh --sweep
+if [ $# -eq 0 ] && [ "$engine" = yes ] && [ "$(wc -w <<<"$in_containers")" -lt "$needed" ]; then
+  echo "FAILED: $needed majors are needed in containers where there is a Docker engine (testenv/containers.sh says why)"
   [ "$status" -ne 0 ] || status=1
 fi
 [ "$status" -eq 0 ] && echo "all tests passed" || echo "FAILED: see above"

@@ -47,6 +47,7 @@ const ROOMS: &[Room] = &[
         ],
         "",
     ),
+    room("testing", &["pg"], "it runs the program, as its users do, and knows nothing of what is in it"),
     // The crate's root: `main.rs` knows the command line alone, `lib.rs` only declares.
     room("", &["cli"], "main.rs parses, calls and exits; everything else is cli's"),
 ];

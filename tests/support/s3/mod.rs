@@ -78,6 +78,8 @@ pub struct TestS3Options {
     pub lists_uploads: bool,
     /// HTTPS, with a certificate of its own: [`TestS3::ca_pem`].
     pub tls: bool,
+    /// Where it listens, and on which port; 0 is a free one.
+    pub listen: SocketAddr,
 }
 
 impl Default for TestS3Options {
@@ -91,6 +93,7 @@ impl Default for TestS3Options {
             takes_checksums: true,
             lists_uploads: true,
             tls: false,
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         }
     }
 }
@@ -142,10 +145,15 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 const ACCESS_KEY: &str = "PGKEEPTESTACCESSKEY1";
 const SECRET_KEY: &str = "a-secret/that+opens=nothing";
 
+/// The keys that every one of these servers knows: access and secret.
+pub fn keys() -> (&'static str, &'static str) {
+    (ACCESS_KEY, SECRET_KEY)
+}
+
 impl TestS3 {
-    /// Starts one on a port of its own.
+    /// Starts one where the options say: on a port of its own.
     pub fn start(options: TestS3Options) -> TestS3 {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let listener = std::net::TcpListener::bind(options.listen).expect("a port");
         let address = listener.local_addr().expect("an address");
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
