@@ -27,12 +27,15 @@ pub mod push_ahead;
 pub mod push_all;
 mod push_index;
 pub mod push_plan;
+mod probe;
 mod receivers;
 pub mod resume;
 mod source;
 mod status;
 pub mod stream;
 mod sweeper;
+#[cfg(test)]
+mod tests;
 mod uploader;
 
 pub use attempt::ArchiveOptions;

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::CatalogError;
 use super::layout::{ClusterObject, Disputed, Name, Object, PartKind, folder};
+use super::off_thread::off_thread;
 use super::records::{self, Record};
 use super::weak;
 use crate::seal::{
@@ -575,7 +576,7 @@ impl Repository {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, CatalogError> {
-        tokio::task::spawn_blocking(work).await.map_err(|error| CatalogError::Misuse {
+        off_thread(work).await.map_err(|error| CatalogError::Misuse {
             name: format!("repository {}", self.0.name),
             reason: format!("a worker thread ended without an answer: {error}"),
         })
