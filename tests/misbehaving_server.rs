@@ -138,11 +138,7 @@ fn start(
 ) -> (CancellationToken, JoinHandle<Result<(), ArchiveError>>, Arc<Mutex<Vec<String>>>) {
     let source = Source {
         conninfo: ConnInfo::resolve("host=/scripted user=pgkeep", &Environment::new([], None, None)).unwrap(),
-        connect: ConnectOptions {
-            timeout: TIMEOUT,
-            dial: Some(Arc::new(server.clone())),
-            ..ConnectOptions::default()
-        },
+        connect: ConnectOptions { timeout: TIMEOUT, dial: Some(Arc::new(server.clone())), ..ConnectOptions::default() },
         slot: "pgkeep".to_owned(),
     };
     let options = ArchiveOptions {
@@ -162,19 +158,18 @@ fn start(
             }
         }
     });
-    let task =
-        tokio::spawn(async move { archive(&source, &receivers, &cluster(), &options, &status, stopping).await });
+    let task = tokio::spawn(async move { archive(&source, &receivers, &cluster(), &options, &status, stopping).await });
     (stop, task, reasons)
 }
 
 #[tokio::test(start_paused = true)]
 async fn nothing_wrong_is_acknowledged_or_archived_and_it_goes_on() {
     for (mood, said) in [
-        (Mood::Garbage, "protocol"),
-        (Mood::NoLength, "protocol"),
-        (Mood::Huge, "protocol"),
-        (Mood::Short, "protocol"),
-        (Mood::UnknownKind, "protocol"),
+        (Mood::Garbage, "unexpected answer"),
+        (Mood::NoLength, "unexpected answer"),
+        (Mood::Huge, "unexpected answer"),
+        (Mood::Short, "unexpected answer"),
+        (Mood::UnknownKind, "unexpected answer"),
         (Mood::CutInAMessage, "closed the connection"),
         (Mood::Backwards, "comes next"),
         (Mood::Ahead, "comes next"),

@@ -15,8 +15,8 @@ use tokio::time::{Instant, timeout};
 
 use super::names::names_of;
 use super::source::Source;
-use crate::catalog::{Repository, off_thread};
 use crate::catalog::index::{IndexFile, IndexWal, Indexed, MAX_RANGE, range_end};
+use crate::catalog::{Repository, off_thread};
 use crate::types::{BackupLabel, Branch, ClusterId, Lsn, SegmentNumber, SegmentSize};
 use crate::wal::{Kinds, Part, WalDamage, kinds};
 

@@ -193,10 +193,6 @@ impl Walsender {
         wal.end()
     }
 
-    pub fn cut(&self) {
-        self.state().generation += 1;
-    }
-
     /// The second timeline begins at `fork`, whatever was sent of the first.
     pub fn promote(&self, fork: Lsn) {
         let mut state = self.state();
@@ -298,9 +294,7 @@ impl Walsender {
                 "SELECT" if sql.contains("pg_is_in_recovery") => wire::answer(Some(&[Some("f")])),
                 _ => match state.slot {
                     None => wire::answer(None),
-                    Some(slot) => {
-                        wire::answer(Some(&[Some(&slot.to_string()), Some("reserved"), Some("f"), None]))
-                    }
+                    Some(slot) => wire::answer(Some(&[Some(&slot.to_string()), Some("reserved"), Some("f"), None])),
                 },
             }
         };

@@ -1,11 +1,25 @@
 //! The WAL that the simulated server writes: valid, and known to the last byte, timeline by timeline.
 
+use std::sync::OnceLock;
+
 use crate::store::faulty::Random;
 use crate::types::{HistoryEntry, Lsn, SegmentSize, TimelineHistory, TimelineId};
 use crate::wal::builder::{WalBuilder, main_fragment};
 
 /// The segments' size: the smallest there is.
 pub const SIZE: u64 = 1 << 20;
+
+/// Bytes of which records are made, each time behind another number. A copy of that length is what lz4 does best; bytes that
+/// do not shrink would be left to AES, which without optimisation takes most of the time.
+const NOISE: u64 = 4096;
+
+fn noise() -> &'static [u8] {
+    static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
+    BYTES.get_or_init(|| {
+        let mut random = Random::new(0);
+        (0..NOISE / 8).flat_map(|_| random.next().to_le_bytes()).collect()
+    })
+}
 
 pub fn size() -> SegmentSize {
     SegmentSize::new(SIZE).unwrap()
@@ -64,7 +78,13 @@ impl Timeline {
 
     /// A record of so many bytes.
     fn record(&mut self, random: &mut Random, bytes: u64) {
-        let body = main_fragment(&random.next().to_le_bytes().repeat((bytes / 8).max(1) as usize));
+        let mut data = Vec::with_capacity(bytes as usize);
+        while (data.len() as u64) < bytes {
+            let left = bytes as usize - data.len();
+            data.extend(random.next().to_le_bytes());
+            data.extend_from_slice(&noise()[..left.min(NOISE as usize)]);
+        }
+        let body = main_fragment(&data);
         let start = self.wal.record(0, 0x20, 0, &body);
         self.records.push((start, self.wal.at()));
         self.wal.built.clear();

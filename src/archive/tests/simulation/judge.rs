@@ -53,6 +53,23 @@ impl Seen {
         to: Lsn,
         kept_from: Lsn,
     ) -> Result<(), Lack> {
+        // What lies before a fork is the parent's, whoever's stream it was told on; the child's copy of the fork's segment
+        // holds it too.
+        let parent = timelines[timeline.get() as usize - 1].history.timeline_at(Lsn::new(to.get() - 1));
+        match self.holds_on(id, timelines, timeline, to, kept_from).await {
+            Err(Lack::Missing(_)) if parent != timeline => self.holds_on(id, timelines, parent, to, kept_from).await,
+            answer => answer,
+        }
+    }
+
+    async fn holds_on(
+        &mut self,
+        id: &ClusterId,
+        timelines: &[Arc<Timeline>],
+        timeline: TimelineId,
+        to: Lsn,
+        kept_from: Lsn,
+    ) -> Result<(), Lack> {
         let missing = |what: String| Err(Lack::Missing(what));
         let removed = self.depot.removed();
         if removed != self.removed {
@@ -64,9 +81,7 @@ impl Seen {
             self.begins = None; // perhaps something before it has landed meanwhile
             return missing(format!("its WAL begins at {from} only"));
         }
-        let truth = &timelines[timeline.get() as usize - 1];
-        let path = truth.history.path();
-        for (on, begins_at, left_at) in &path {
+        for (on, begins_at, left_at) in &timelines[timeline.get() as usize - 1].history.path() {
             let branch = Branch::first(*on);
             let first = from.max(*begins_at).segment(size());
             // The child's copy of the fork's segment holds the parent's bytes too.
@@ -75,11 +90,18 @@ impl Seen {
             while segment.start(size()) < end {
                 let wanted = segment.end(size()).min(end);
                 if self.verified.get(&(*on, segment)).is_none_or(|verified| *verified < wanted) {
-                    let read = self.repository.read_segment(id, branch, segment, size(), Some(&timelines[on.get() as usize - 1].history)).await;
-                    let read = read.map_err(|error| Lack::Missing(format!("{branch} {}: {error}", segment.start(size()))))?;
+                    let read = self
+                        .repository
+                        .read_segment(id, branch, segment, size(), Some(&timelines[on.get() as usize - 1].history))
+                        .await;
+                    let read =
+                        read.map_err(|error| Lack::Missing(format!("{branch} {}: {error}", segment.start(size()))))?;
                     let is = timelines[on.get() as usize - 1].bytes(segment.start(size()), segment.end(size()));
                     if !is.starts_with(&read.bytes) {
-                        return Err(Lack::Wrong(format!("{branch} {} holds what the server did not write", segment.start(size()))));
+                        return Err(Lack::Wrong(format!(
+                            "{branch} {} holds what the server did not write",
+                            segment.start(size())
+                        )));
                     }
                     let verified = segment.start(size()).advance(read.bytes.len() as u64);
                     self.verified.insert((*on, segment), verified);
@@ -103,7 +125,8 @@ impl Seen {
     /// At the very end: everything is there as one picture, without gaps, damage or second histories.
     pub async fn is_whole(&self, id: &ClusterId, truth: &Timeline, to: Lsn) -> Result<(), String> {
         let inventory = self.repository.load(id).await.map_err(|error| error.to_string())?;
-        let told = format!("gaps {:?}, damaged {:?}, unknown {:?}", inventory.gaps, inventory.damaged, inventory.unknown);
+        let told =
+            format!("gaps {:?}, damaged {:?}, unknown {:?}", inventory.gaps, inventory.damaged, inventory.unknown);
         if told != "gaps [], damaged [], unknown []" {
             return Err(told);
         }

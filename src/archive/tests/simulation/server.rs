@@ -45,7 +45,7 @@ struct State {
     random: Random,
     /// By number.
     timelines: Vec<Arc<Timeline>>,
-    /// WAL before this is gone, and the latest position of which that was ever true.
+    /// WAL before this is gone; and the latest position of which that was ever true, or could have been.
     kept_from: (Lsn, Lsn),
     /// Where the slot begins, if there is one, and who uses it.
     slot: Option<Lsn>,
@@ -386,9 +386,7 @@ impl Server {
                 _ if with_slot && state.slot_user.is_some() => refused("55006", "the slot is in use"),
                 _ if with_slot && state.slot.is_none() => refused("42704", "there is no such slot"),
                 None => refused("XX000", "not in this server's history"),
-                Some((end, Some(next))) if at == end => {
-                    Some(wire::timeline_ended(next.get(), &end.to_string()))
-                }
+                Some((end, Some(next))) if at == end => Some(wire::timeline_ended(next.get(), &end.to_string())),
                 Some((end, Some(_))) if at > end => refused("XX000", "not in this server's history"),
                 Some((end, _)) => {
                     let broken = state.trouble > 0;
@@ -404,9 +402,7 @@ impl Server {
                         state.streams.insert(id, stream);
                         state.slot_user = if with_slot { Some(id) } else { state.slot_user };
                     }
-                    error.and_then(|(code, reason)| {
-                        Some([wire::copy_both(), refused(code, reason)?].concat())
-                    })
+                    error.and_then(|(code, reason)| Some([wire::copy_both(), refused(code, reason)?].concat()))
                 }
             }
         };
@@ -483,7 +479,6 @@ impl Server {
     async fn told(&self, id: u64, write: Lsn, flush: Lsn, apply: Lsn) {
         self.0.trace.note(format!("session {id} status {write} {flush} {apply}"));
         let checked = self.change(|state| {
-            let begins = state.kept_from.1;
             let stream = state.streams.get_mut(&id)?;
             stream.waiting = false;
             if flush == Lsn::ZERO {
@@ -492,6 +487,9 @@ impl Server {
             let again = std::mem::replace(&mut stream.flushed, flush) == flush;
             let (timeline, sent, with_slot) = (stream.timeline, stream.sent, stream.with_slot);
             let slot = state.slot.unwrap_or(Lsn::ZERO);
+            // One that was empty begins where the slot does.
+            let begins = slot.segment_start(size()).max(state.kept_from.1);
+            state.kept_from.1 = begins;
             if with_slot && state.slot.is_some() && flush > slot {
                 state.slot = Some(flush);
             }

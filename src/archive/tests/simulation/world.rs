@@ -15,9 +15,7 @@ use super::judge::{Lack, Seen};
 use super::server::{Listener, MESSAGE, Server};
 use super::trace::Trace;
 use crate::archive::probe::{self, Bug};
-use crate::archive::{
-    ArchiveOptions, ClusterStatus, Doing, OpenError, Opener, Progress, Receivers, Source, archive,
-};
+use crate::archive::{ArchiveOptions, ClusterStatus, Doing, OpenError, Opener, Progress, Receivers, Source, archive};
 use crate::catalog::{ON_THE_SPOT, Repository, Usage};
 use crate::pg::conninfo::Environment;
 use crate::pg::{ConnInfo, ConnectOptions};
@@ -86,7 +84,8 @@ struct Handle {
 }
 
 fn usage(began: Instant, writer: Id128) -> Usage {
-    Usage { clock: Arc::new(move || clock(began)), writer, short_lived: false }
+    // Making and opening keys would take most of a seed's time: lives of one day share theirs.
+    Usage { clock: Arc::new(move || clock(began)), writer, short_lived: true }
 }
 
 fn clock(began: Instant) -> Timestamp {
@@ -171,7 +170,7 @@ impl World {
     async fn new(seed: u64, shown: bool) -> World {
         let mut random = Random::new(seed);
         let (trace, began) = (Trace::new(shown), Instant::now());
-        let repositories = 1 + random.below(3) as usize;
+        let repositories = [1, 2, 2, 3][random.below(4) as usize];
         let needed = 1 + random.below(repositories as u64) as usize;
         let synchronous = random.below(2) == 0;
         let id = ClusterId { name: cluster(), system: SystemId::new(SYSTEM) };
@@ -190,7 +189,7 @@ impl World {
         }
         let judge = Judge(Arc::new(JudgeInner { seen: seen.into(), needed, id, trace: trace.clone() }));
         let start = Lsn::new((3 + random.below(300)) * SIZE);
-        let most = start.advance(SIZE / 2 + random.below(5 * SIZE / 2));
+        let most = start.advance(SIZE / 4 + random.below(3 * SIZE / 2));
         let first = Timeline::first(start);
         let server = Server::new(first, random.next(), synchronous, trace.clone(), Box::new(judge.clone()));
         server.write(2, most);
@@ -294,7 +293,7 @@ impl World {
     // ---- what befalls them
 
     async fn befall(&self, random: &mut Random) {
-        for _ in 0..12 + random.below(24) {
+        for _ in 0..8 + random.below(14) {
             self.event(random).await;
             let pause = match random.below(40) {
                 0 => 70_000,
