@@ -178,7 +178,7 @@ async fn nothing_wrong_is_acknowledged_or_archived_and_it_goes_on() {
         (Mood::ErrorAfterCopyBoth, "could not read from WAL segment"),
         (Mood::ErrorInTheMiddle, "could not read from WAL segment"),
         (Mood::EndsWithoutAWord, "without a word"),
-        (Mood::EndsForAnOlderTimeline, "is followed by 1"),
+        (Mood::EndsForAnOlderTimeline, "is followed by 00000001"),
         (Mood::EndsWithNonsense, "column 1"),
         (Mood::NonsenseIdentity, "column 0"),
         (Mood::NonsenseSegmentSize, "wal_segment_size"),

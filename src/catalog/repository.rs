@@ -19,7 +19,7 @@ use super::off_thread::off_thread;
 use super::records::{self, Record};
 use super::weak;
 use crate::seal::{
-    Binding, ContentKey, Footer, FrameKey, Header, KeyFile, Kind, MetaKey, Opener, SealError, open_whole,
+    Binding, ContentKey, Footer, FrameKey, Header, KeyFile, Kind, MetaKey, Opener, SealError, fill_randomly, open_whole,
 };
 use crate::store::{Body, Created, Key, ListRequest, Store, StoreError, list_folders, pages};
 use crate::types::{ClusterId, ClusterName, Id128};
@@ -136,7 +136,7 @@ impl fmt::Debug for Usage {
 /// [`SealError::NoRandomness`], as [`CatalogError::Sealing`].
 pub fn random_id() -> Result<Id128, CatalogError> {
     let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes)
+    fill_randomly(&mut bytes)
         .map_err(|_| CatalogError::Sealing { name: "an identity".to_owned(), source: SealError::NoRandomness })?;
     Ok(Id128::new(bytes))
 }

@@ -19,7 +19,7 @@ use crate::archive::{ArchiveOptions, ClusterStatus, Doing, OpenError, Opener, Pr
 use crate::catalog::{ON_THE_SPOT, Repository, Usage};
 use crate::pg::conninfo::Environment;
 use crate::pg::{ConnInfo, ConnectOptions};
-use crate::seal::KeyFile;
+use crate::seal::{KeyFile, SEED};
 use crate::store::Store;
 use crate::store::faulty::{FaultPlan, Faulty, Random};
 use crate::store::memory::{MemoryOptions, MemoryStore};
@@ -50,10 +50,14 @@ pub struct Outcome {
 pub fn run(seed: u64, bug: Option<Bug>, shown: bool) -> Outcome {
     probe::begin(bug, Some(MEMORY));
     ON_THE_SPOT.set(true);
+    SEED.set(Some(0));
+    keys(0); // made once, for all seeds
+    SEED.set(Some(seed << 32));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     let outcome = runtime.block_on(async { World::new(seed, shown).await.run().await });
     drop(runtime);
     ON_THE_SPOT.set(false);
+    SEED.set(None);
     probe::begin(None, None);
     outcome
 }
