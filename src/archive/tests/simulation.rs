@@ -91,7 +91,7 @@ fn seeds(first: u64, count: u64, told_every: Option<u64>) {
     assert!(count < 100 || (lives > count + count / 2 && timelines > count + count / 3));
 }
 
-/// `PGKEEP_SIM_SEEDS` of them (150 where it is not set: a tenth of a second each, without optimisation), from `PGKEEP_SIM_FIRST` on (`testenv/simulate.sh`).
+/// `PGKEEP_SIM_SEEDS` of them (150 where it is not set: up to two tenths of a second each, without optimisation), from `PGKEEP_SIM_FIRST` on (`testenv/simulate.sh`).
 #[test]
 fn p1_p6_p8_what_is_acknowledged_is_restorable_whatever_befalls() {
     let count = number("PGKEEP_SIM_SEEDS");
