@@ -143,6 +143,7 @@ fn options() -> ConnectOptions {
         application_name: "pgkeep_test".to_owned(),
         gucs: vec![("wal_sender_timeout".to_owned(), "30s".to_owned())],
         timeout: Duration::from_secs(20),
+        ..ConnectOptions::default()
     }
 }
 

@@ -3,7 +3,9 @@
 //! Invariant: `cut <= received`; what is cut is cut once, in order, and never beyond what was received.
 //! Bytes of a part that is complete are not cut here: the part is put whole (`part_completed`).
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::types::Lsn;
 

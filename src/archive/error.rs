@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use crate::catalog::CatalogError;
-use crate::pg::PgError;
+use crate::pg::{PgError, ServerErrorKind};
 use crate::types::{Branch, ClusterId, Lsn, ParseError, SegmentSize, SystemId, TimelineId};
 use crate::wal::receiver::ReceiveError;
 
@@ -281,7 +281,8 @@ impl ArchiveError {
     /// May another attempt, a little later, succeed without anybody doing anything?
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Server(error) => error.is_retryable(),
+            // A slot that was there a moment ago, before a failover: the next attempt makes it anew.
+            Self::Server(error) => error.is_retryable() || error.server_kind() == Some(ServerErrorKind::NoSuchObject),
             Self::Repository(error) => error.is_retryable(),
             Self::Open(error) => !error.is_refusal,
             // The next connection starts at the segment again; a walsender that skips once is a broken connection.

@@ -15,8 +15,8 @@ use tokio::time::{Instant, timeout};
 
 use super::names::names_of;
 use super::source::Source;
-use crate::catalog::Repository;
 use crate::catalog::index::{IndexFile, IndexWal, Indexed, MAX_RANGE, range_end};
+use crate::catalog::{Repository, off_thread};
 use crate::types::{BackupLabel, Branch, ClusterId, Lsn, SegmentNumber, SegmentSize};
 use crate::wal::{Kinds, Part, WalDamage, kinds};
 
@@ -129,7 +129,7 @@ impl Worker {
         };
         let Streamed { cluster, branch, pieces, repositories, .. } = part;
         // Decoding is work for a thread of its own.
-        let indexed = tokio::task::spawn_blocking(move || push_all(begun.index, pieces));
+        let indexed = off_thread(move || push_all(begun.index, pieces));
         match indexed.await {
             Ok(Ok((index, finished, definitions_changed))) => {
                 self.begun = Some(Begun { branch, index });
@@ -205,7 +205,7 @@ async fn seed(repository: &Repository, part: &Streamed, begin: Lsn) -> Option<In
         let going = index.unwrap_or_else(|| {
             IndexWal::new(number.start(size), end, size, Some(part.cluster.system), Some(part.branch.timeline))
         });
-        let pushed = tokio::task::spawn_blocking(move || push_all(going, vec![Bytes::from(read.bytes)])).await.ok()?;
+        let pushed = off_thread(move || push_all(going, vec![Bytes::from(read.bytes)])).await.ok()?;
         index = pushed.ok().map(|(index, ..)| index);
     }
     // A part of a large segment that does not begin it: its beginning is not there as a whole.

@@ -7,9 +7,10 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::ArchiveError;
 use super::cutter::{Cut, Cutter, CutterOptions};

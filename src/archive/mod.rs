@@ -22,6 +22,7 @@ pub mod lanes;
 mod load;
 pub mod names;
 mod part;
+mod probe;
 pub mod push;
 pub mod push_ahead;
 pub mod push_all;
@@ -33,6 +34,8 @@ mod source;
 mod status;
 pub mod stream;
 mod sweeper;
+#[cfg(test)]
+mod tests;
 mod uploader;
 
 pub use attempt::ArchiveOptions;

@@ -4,6 +4,7 @@
 //! archived, so that there is an overlap; [`Resume::Stream`] says where it ends, and nothing is acknowledged before it
 //! has compared equal. A history that the repository does not know as the server's is never continued.
 
+use super::probe::{Bug, planted};
 use crate::types::{Branch, Lineage, Lsn, SegmentSize, TimelineHistory, TimelineId};
 
 /// What the server says of itself, and what its slot keeps.
@@ -108,7 +109,7 @@ pub fn resume(server: &ServerState, held: &[Held], size: SegmentSize) -> Resume 
         }
         // The timeline was left, and everything of it up to the fork is archived: on with the child, from the start of
         // the fork's segment, whose first bytes are the parent's.
-        Some(fork) if newest.to >= fork => {
+        Some(fork) if newest.to >= fork || planted(Bug::ForgetTheLastRange) => {
             let child = path.get(index + 1).map_or(server.history.timeline(), |stretch| stretch.0);
             let at = fork.segment_start(size);
             // A fork at a segment's border leaves the child's first segment without anything of the parent's.

@@ -16,10 +16,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::ArchiveError;
@@ -33,6 +34,7 @@ use super::lane::{Done, Entry, InMemory, Live, Newest, PARTS_UNDER_WAY, Side};
 use super::lanes::{Lanes, Standing};
 use super::load::Served;
 use super::part::{MAX_PART, Part, WholePart};
+use super::probe::{self, Bug};
 use super::status::{Arrivals, ClusterStatus, Doing, Progress, RepositoryProgress};
 use super::uploader::{RangeBytes, Uploader};
 use crate::catalog::Repository;
@@ -229,7 +231,7 @@ impl Stream {
                         Err(error) => return Err(error),
                     }
                 }
-                () = tokio::time::sleep_until(wake.into()) => {}
+                () = tokio::time::sleep_until(wake) => {}
             }
         }
         let received = self.receiver.position();
@@ -271,7 +273,7 @@ impl Stream {
     // ---- what comes in
 
     fn has_room(&self) -> bool {
-        self.lanes.fastest_backlog() < PARTS_UNDER_WAY && self.recent_bytes + self.part.len() < MEMORY
+        self.lanes.fastest_backlog() < PARTS_UNDER_WAY && self.recent_bytes + self.part.len() < probe::memory(MEMORY)
     }
 
     fn take(&mut self, event: StreamEvent, now: Instant) -> Result<Option<StreamEnd>, ArchiveError> {
@@ -313,6 +315,7 @@ impl Stream {
     /// `bytes` are the receiver's newest; they cross no border.
     fn accepted(&mut self, bytes: &[u8], now: Instant) -> Result<(), ArchiveError> {
         self.part.push(bytes);
+        probe::held(self.recent_bytes + self.part.len());
         let position = self.receiver.position();
         self.arrivals.forget((0..self.sides.len()).map(|lane| self.lanes.held(lane)).min().unwrap_or(position));
         self.arrivals.at(position, now);
@@ -663,7 +666,10 @@ impl Stream {
     /// The position that may be reported as flushed; `0/0`, which PostgreSQL takes for "none", until enough have compared
     /// equal.
     fn reportable(&self) -> Lsn {
-        let Some(held) = self.lanes.acknowledged() else { return Lsn::ZERO };
+        let Some(mut held) = self.lanes.acknowledged() else { return Lsn::ZERO };
+        if probe::planted(Bug::AcknowledgeOnSend) {
+            held = self.receiver.position();
+        }
         let held = held.min(self.receiver.position());
         if held <= self.begin.floor {
             return Lsn::ZERO;

@@ -4,9 +4,10 @@
 //! next stream of the branch. Nothing depends on it: a piece that stays costs only its space.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::uploader::Uploader;
 use crate::types::SegmentNumber;

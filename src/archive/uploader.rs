@@ -13,7 +13,7 @@ use tokio::sync::OnceCell;
 use super::ArchiveError;
 use super::part::WholePart;
 use crate::catalog::records::WalRangeNote;
-use crate::catalog::{CatalogError, Put, RangeSealer, Repository, SealedRange, WalTail};
+use crate::catalog::{CatalogError, Put, RangeSealer, Repository, SealedRange, WalTail, off_thread};
 use crate::types::{Branch, ClusterId, Digest, Lineage, Lsn, PgTimestamp, SegmentNumber, SegmentSize};
 
 /// The bytes `[from, to)` of one segment, and what is known of them.
@@ -220,7 +220,7 @@ impl Uploader {
     async fn seal(&self, mut sealer: RangeSealer, range: RangeBytes) -> Result<SealedRange, ArchiveError> {
         let (note, to) = (self.note(&range), self.end_offset(&range));
         // Compression and encryption are work for a thread of their own.
-        let sealed = tokio::task::spawn_blocking(move || -> Result<SealedRange, CatalogError> {
+        let sealed = off_thread(move || -> Result<SealedRange, CatalogError> {
             for piece in range.pieces {
                 sealer.push_shared(piece)?;
             }

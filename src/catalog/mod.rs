@@ -19,6 +19,7 @@ pub mod inventory;
 mod join;
 pub mod layout;
 pub mod load;
+mod off_thread;
 mod prefix;
 pub mod reader;
 pub mod records;
@@ -38,6 +39,9 @@ pub mod writer;
 pub use copy::{CopiedBackup, CopiedEnd, CopiedSegment};
 pub use error::CatalogError;
 
+#[cfg(test)]
+pub(crate) use off_thread::ON_THE_SPOT;
+pub(crate) use off_thread::off_thread;
 pub use reader::{ObjectReader, SegmentBytes};
 pub use repository::{Repository, Usage};
 pub use resume::Resume;

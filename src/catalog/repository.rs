@@ -15,10 +15,11 @@ use serde::{Deserialize, Serialize};
 
 use super::CatalogError;
 use super::layout::{ClusterObject, Disputed, Name, Object, PartKind, folder};
+use super::off_thread::off_thread;
 use super::records::{self, Record};
 use super::weak;
 use crate::seal::{
-    Binding, ContentKey, Footer, FrameKey, Header, KeyFile, Kind, MetaKey, Opener, SealError, open_whole,
+    Binding, ContentKey, Footer, FrameKey, Header, KeyFile, Kind, MetaKey, Opener, SealError, fill_randomly, open_whole,
 };
 use crate::store::{Body, Created, Key, ListRequest, Store, StoreError, list_folders, pages};
 use crate::types::{ClusterId, ClusterName, Id128};
@@ -135,7 +136,7 @@ impl fmt::Debug for Usage {
 /// [`SealError::NoRandomness`], as [`CatalogError::Sealing`].
 pub fn random_id() -> Result<Id128, CatalogError> {
     let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes)
+    fill_randomly(&mut bytes)
         .map_err(|_| CatalogError::Sealing { name: "an identity".to_owned(), source: SealError::NoRandomness })?;
     Ok(Id128::new(bytes))
 }
@@ -575,7 +576,7 @@ impl Repository {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, CatalogError> {
-        tokio::task::spawn_blocking(work).await.map_err(|error| CatalogError::Misuse {
+        off_thread(work).await.map_err(|error| CatalogError::Misuse {
             name: format!("repository {}", self.0.name),
             reason: format!("a worker thread ended without an answer: {error}"),
         })

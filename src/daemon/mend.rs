@@ -79,7 +79,7 @@ pub async fn mend(mender: &dyn Mender, mut status: watch::Receiver<ClusterStatus
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Seen {
     branch: Branch,
-    since: std::time::Instant,
+    since: Instant,
     noted: u64,
 }
 
@@ -229,7 +229,7 @@ mod tests {
     fn streaming() -> ClusterStatus {
         ClusterStatus::Streaming(Progress {
             branch: Branch::first(TimelineId::FIRST),
-            since: std::time::Instant::now(),
+            since: Instant::now(),
             received: Lsn::new(1),
             durable: Lsn::new(1),
             server_end: Lsn::new(1),

@@ -5,7 +5,9 @@
 //! sent before TLS is believed after it. Dropping [`connect`] closes whatever it had opened.
 //! Source: `fe-connect.c`, `fe-auth.c`, <https://www.postgresql.org/docs/current/protocol-flow.html>
 
+use std::fmt::Debug;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -14,7 +16,7 @@ use postgres_protocol::authentication::sasl::{self, SCRAM_SHA_256, SCRAM_SHA_256
 use postgres_protocol::message::frontend;
 use secrecy::{ExposeSecret as _, SecretString};
 use socket2::{SockRef, TcpKeepalive};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
@@ -38,6 +40,14 @@ pub struct ConnectOptions {
     pub gucs: Vec<(String, String)>,
     /// Deadline of connecting to one address (unless the conninfo has `connect_timeout`) and of each command.
     pub timeout: Duration,
+    /// What opens a way to the server in place of a socket, wherever the conninfo points; for simulations.
+    pub dial: Option<Arc<dyn Dial>>,
+}
+
+/// Opens ways to a server that is no process: what a simulation puts in the place of the network.
+pub trait Dial: Send + Sync + Debug {
+    /// A new way. The server has the other end; startup and login follow as on any socket.
+    fn dial(&self) -> std::io::Result<DuplexStream>;
 }
 
 impl Default for ConnectOptions {
@@ -46,6 +56,7 @@ impl Default for ConnectOptions {
             application_name: "pgkeep".to_owned(),
             gucs: Vec::new(),
             timeout: super::replication::DEFAULT_TIMEOUT,
+            dial: None,
         }
     }
 }
@@ -263,9 +274,10 @@ impl Attempt<'_> {
         wanted: TargetSessionAttrs,
     ) -> Result<Connection, PgError> {
         let server = target.to_string();
-        let opened = match target {
-            Target::Unix { directory, port } => open_unix(directory, port, &server).await?,
-            Target::Tcp { name, address } => self.open_tcp(name, address, encryption, &server).await?,
+        let opened = match (&self.options.dial, target) {
+            (Some(dial), _) => open_simulated(dial.as_ref(), &server)?,
+            (None, Target::Unix { directory, port }) => open_unix(directory, port, &server).await?,
+            (None, Target::Tcp { name, address }) => self.open_tcp(name, address, encryption, &server).await?,
         };
         let Opened { socket, private, tls, end_point } = opened;
         let mut connection = Connection::new(socket, server, self.options.timeout);
@@ -521,6 +533,11 @@ fn choose(
     let could = end_point.is_some() && !offers(SCRAM_SHA_256_PLUS);
     let binding = if could { sasl::ChannelBinding::unrequested() } else { sasl::ChannelBinding::unsupported() };
     Ok((SCRAM_SHA_256, binding, false))
+}
+
+fn open_simulated(dial: &dyn Dial, server: &str) -> Result<Opened, PgError> {
+    let socket = dial.dial().map_err(|source| PgError::Unreachable { server: server.to_owned(), source })?;
+    Ok(Opened { socket: Box::new(socket), private: true, tls: false, end_point: None })
 }
 
 async fn open_unix(directory: &str, port: u16, server: &str) -> Result<Opened, PgError> {

@@ -23,7 +23,7 @@ mod tls;
 mod wire;
 
 pub use base_backup::{BackupEvent, BaseBackup, BaseBackupOptions, CheckpointSpeed, Tablespace};
-pub use connect::ConnectOptions;
+pub use connect::{ConnectOptions, Dial};
 pub(crate) use connection::Connection;
 pub use conninfo::ConnInfo;
 pub use error::{PgError, ServerError, ServerErrorKind};

@@ -18,7 +18,7 @@ pub(super) struct Secret(Box<[u8; 32]>);
 impl Secret {
     pub fn random() -> Result<Secret, SealError> {
         let mut bytes = Box::new([0; 32]);
-        getrandom::fill(bytes.as_mut_slice()).map_err(|_| SealError::NoRandomness)?;
+        super::random::fill(bytes.as_mut_slice()).map_err(|_| SealError::NoRandomness)?;
         Ok(Secret(bytes))
     }
 
@@ -99,7 +99,7 @@ impl ContentKey {
     /// [`SealError::NoRandomness`].
     pub fn generate(day: u32) -> Result<ContentKey, SealError> {
         let mut id = [0; 16];
-        getrandom::fill(&mut id).map_err(|_| SealError::NoRandomness)?;
+        super::random::fill(&mut id).map_err(|_| SealError::NoRandomness)?;
         id[..4].copy_from_slice(&day.to_be_bytes());
         Ok(ContentKey { secret: Secret::random()?, id: Id128::new(id) })
     }

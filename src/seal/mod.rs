@@ -23,6 +23,7 @@ mod format;
 mod key_file;
 mod keys;
 mod opener;
+mod random;
 mod sealer;
 mod tags;
 mod tail;
@@ -34,6 +35,9 @@ pub use format::{Binding, Codec, Header, Kind};
 pub use key_file::KeyFile;
 pub use keys::{ContentKey, FrameKey, MetaKey};
 pub use opener::{Footer, Opener, Span, open_whole};
+#[cfg(test)]
+pub(crate) use random::SEED;
+pub(crate) use random::fill as fill_randomly;
 pub use sealer::{FrameLengths, ObjectSealer, SequentialSealer, seal_whole};
 pub use tags::{BlockTagger, TAGGED_AT_ONCE, TAGGED_BLOCK};
 pub use tail::{OpenedFrames, TailContent, TailFrames, open_tail, peek_tail_prelude};

@@ -62,7 +62,7 @@ impl ObjectSealer {
         codec: Codec,
     ) -> Result<ObjectSealer, SealError> {
         let mut salt = [0; 16];
-        getrandom::fill(&mut salt).map_err(|_| SealError::NoRandomness)?;
+        super::random::fill(&mut salt).map_err(|_| SealError::NoRandomness)?;
         Ok(ObjectSealer::with_salt(meta, frames, binding, codec, salt))
     }
 

@@ -16,7 +16,7 @@ mod audit;
 #[cfg(test)]
 mod audit_tests;
 #[cfg(test)]
-mod builder;
+pub(crate) mod builder;
 mod decoder;
 #[cfg(test)]
 mod decoder_tests;

@@ -1,0 +1,3 @@
+//! Tests of the whole room: the archiver with everything around it replaced.
+
+mod simulation;
