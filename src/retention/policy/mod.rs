@@ -31,7 +31,7 @@ use crate::catalog::retention::{Held, WalRange};
 use crate::catalog::survey::Survey;
 use crate::plan::Path;
 use crate::plan::chain::{Chain, latest_path};
-use crate::types::{BackupLabel, Branch};
+use crate::types::{BackupLabel, Branch, Lsn};
 
 pub use objects::{Garbage, freed_by};
 pub use promise::Promise;
@@ -238,6 +238,9 @@ struct Facts<'a> {
     from: Timestamp,
     /// Sound base backups, oldest first.
     sound: Vec<&'a BackupInfo>,
+    /// Of those that are so only on the way to another branch, that way: a child that forked off in the segment in which the
+    /// base backup ends has the bytes that its own branch lacks.
+    elsewhere: BTreeMap<BackupLabel, Path>,
     /// The ends of histories of which the window holds something, with the way there.
     tips: Vec<Path>,
     /// Base backups that are being taken.
@@ -257,6 +260,7 @@ pub fn decide(survey: &Survey, policy: &Policy, now: Timestamp) -> Decision {
         now,
         from: back(window_from, CLOCK_SKEW),
         sound: Vec::new(),
+        elsewhere: BTreeMap::new(),
         tips: Vec::new(),
         open,
         blocked: Vec::new(),
@@ -278,6 +282,9 @@ pub fn decide(survey: &Survey, policy: &Policy, now: Timestamp) -> Decision {
         backups.iter().filter(|verdict| !verdict.keeps.is_empty()).map(|verdict| verdict.label).collect();
     for backup in survey.inventory.backups.iter().filter(|backup| stays.contains(&backup.label)) {
         needs.backup(&survey.inventory, backup);
+        if let Some(path) = facts.elsewhere.get(&backup.label) {
+            needs.way(path, backup.start, Some(backup.stop), backup.segment_size);
+        }
     }
     let needed_wal = needs.finish(survey.inventory.segment_size);
     let wal = facts.wal_that_goes(&needed_wal);
@@ -350,8 +357,14 @@ impl<'a> Facts<'a> {
                 (Some(why), ..) => Some(format!("it is flagged: {why}")),
                 (None, None, _) => Some("what it names is not known".to_owned()),
                 (None, Some(Some(object)), _) => Some(format!("{object}, which it names, is not there")),
-                (None, Some(None), None) => Some(format!("the history file of branch {} is missing", backup.branch)),
-                (None, Some(None), Some(path)) => Chain::build(inventory, backup, &path).err(),
+                (None, Some(None), path) => {
+                    let built = match path {
+                        Some(path) => Chain::build(inventory, backup, &path).map(|_| None),
+                        None => Err(format!("the history file of branch {} is missing", backup.branch)),
+                    };
+                    let built = built.or_else(|why| self.builds_elsewhere(backup).map(Some).ok_or(why));
+                    built.map(|elsewhere| self.elsewhere.extend(elsewhere.map(|path| (backup.label, path)))).err()
+                }
             };
             match why {
                 Some(why) => drop(unsound.insert(backup.label, why)),
@@ -359,6 +372,13 @@ impl<'a> Facts<'a> {
             }
         }
         unsound
+    }
+
+    fn builds_elsewhere(&self, backup: &BackupInfo) -> Option<Path> {
+        let inventory = &self.survey.inventory;
+        let paths = inventory.branches.keys().filter_map(|branch| Path::of(inventory, *branch));
+        let mut paths = paths.filter(|path| leads(path, backup));
+        paths.find(|path| Chain::build(inventory, backup, path).is_ok())
     }
 
     /// The ends of histories of which instants within the window are promised.
@@ -452,23 +472,36 @@ impl<'a> Facts<'a> {
         keeps
     }
 
-    /// Sound base backups on the way to a tip, oldest first.
-    fn on_the_way<'p>(&'p self, path: &'p Path) -> impl DoubleEndedIterator<Item = &'a BackupInfo> + 'p {
-        self.sound.iter().copied().filter(move |backup| leads(path, backup))
+    /// The newest base backup on the way to a tip that is consistent there and ended by then.
+    fn base(&self, path: &Path, by: Timestamp) -> Option<&'a BackupInfo> {
+        let on_the_way = self.sound.iter().copied().filter(|backup| leads(path, backup) && backup.stopped_at <= by);
+        let mut on_the_way: Vec<&BackupInfo> = on_the_way.collect();
+        on_the_way.sort_by_key(|backup| (backup.stopped_at, backup.label));
+        on_the_way.into_iter().rev().find(|backup| Chain::build(&self.survey.inventory, backup, path).is_ok())
+    }
+
+    /// The oldest one.
+    fn oldest(&self, path: &Path) -> Option<&'a BackupInfo> {
+        let on_the_way = self.sound.iter().copied().filter(|backup| leads(path, backup));
+        let mut on_the_way: Vec<&BackupInfo> = on_the_way.collect();
+        on_the_way.sort_by_key(|backup| (backup.stopped_at, backup.label));
+        on_the_way.into_iter().find(|backup| Chain::build(&self.survey.inventory, backup, path).is_ok())
     }
 
     /// Every instant of the window.
     fn window(&mut self, keeps: &mut Keeps, needs: &mut wal::Needs) {
         for path in &self.tips {
-            let before = self.on_the_way(path).filter(|backup| backup.stopped_at <= self.from);
-            let base = before.max_by_key(|backup| (backup.stopped_at, backup.label));
-            match base.or_else(|| self.on_the_way(path).min_by_key(|backup| (backup.stopped_at, backup.label))) {
+            match self.base(path, self.from).or_else(|| self.oldest(path)) {
                 Some(base) => {
                     keep(keeps, base.label, Keep::WindowBase { branch: path.tip });
                     needs.way(path, base.start, None, base.segment_size);
                 }
                 // One may be on its way.
-                None => needs.whole_way(path),
+                None => {
+                    if let Some(size) = self.survey.inventory.segment_size {
+                        needs.way(path, Lsn::ZERO, None, size);
+                    }
+                }
             }
         }
     }
@@ -494,8 +527,7 @@ impl<'a> Facts<'a> {
             let early = instant.checked_sub(CLOCK_SKEW).unwrap_or(Timestamp::MIN);
             let late = instant.checked_add(CLOCK_SKEW).unwrap_or(Timestamp::MAX);
             for path in &self.tips {
-                let before = self.on_the_way(path).filter(|backup| backup.stopped_at <= early);
-                let Some(base) = before.max_by_key(|backup| (backup.stopped_at, backup.label)) else { continue };
+                let Some(base) = self.base(path, early) else { continue };
                 keep(keeps, base.label, why());
                 // What lies behind the end of a base backup that began later is younger than the instant.
                 let behind = inventory.backups.iter().filter(|backup| leads(path, backup) && backup.started_at >= late);

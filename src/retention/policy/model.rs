@@ -380,7 +380,7 @@ fn plain(world: &World, policy: &Policy, now: Timestamp) -> Plain {
     let is_sound = |backup: &&BackupInfo| {
         backup.flagged.is_none()
             && world.whole(backup.label)
-            && world.reach(world.line_of(backup.branch)).iter().any(|(label, ..)| *label == backup.label)
+            && (0..world.lines.len()).any(|line| world.reach(line).iter().any(|(label, ..)| *label == backup.label))
     };
     let sound: Vec<&BackupInfo> = inventory.backups.iter().filter(is_sound).collect();
     let everything = || Plain {
@@ -432,7 +432,9 @@ fn plain(world: &World, policy: &Policy, now: Timestamp) -> Plain {
     let mut needed: Vec<(usize, Lsn, Lsn)> = Vec::new();
     for tip in &tips {
         let line = world.line_of(*tip);
-        let on_way: Vec<&&BackupInfo> = sound.iter().filter(|backup| leads(line, backup)).collect();
+        let reach = world.reach(line);
+        let reaches = |backup: &BackupInfo| reach.iter().any(|(label, ..)| *label == backup.label);
+        let on_way: Vec<&&BackupInfo> = sound.iter().filter(|backup| leads(line, backup) && reaches(backup)).collect();
         let before = on_way.iter().rev().find(|backup| backup.stopped_at <= from);
         match before.or(on_way.first()) {
             Some(base) => {
@@ -467,6 +469,13 @@ fn plain(world: &World, policy: &Policy, now: Timestamp) -> Plain {
     }
     for backup in inventory.backups.iter().filter(|backup| keeps.contains(&backup.label)) {
         needed.push((world.line_of(backup.branch), backup.start, backup.stop));
+        // Where its own branch lacks the end, a child that forked off in that segment has it.
+        let reaches = |line: usize| world.reach(line).iter().any(|(label, ..)| *label == backup.label);
+        if is_sound(&backup) && !reaches(world.line_of(backup.branch)) {
+            let line =
+                world.survey.inventory.branches.keys().map(|branch| world.line_of(*branch)).find(|l| reaches(*l));
+            needed.push((line.unwrap(), backup.start, backup.stop));
+        }
         ranges.push((backup.branch, backup.start, backup.stop));
     }
     let young = open.into_iter().map(|start| start - hours(24)).chain([from]).min().unwrap().as_second();
@@ -624,7 +633,9 @@ fn promised(
         }
         // The newest that can be reached on the newest line.
         if line == world.current() {
-            let newest = reach.iter().map(|(_, _, stop, held)| (*held, *stop)).filter(|(held, stop)| held > stop).max();
+            let newest = reach.iter().map(|(_, _, stop, held)| (*held, *stop)).max();
+            // One that reaches nothing behind its own end stays by another rule.
+            let newest = newest.filter(|(held, stop)| held > stop);
             promised.extend(newest.map(|(held, _)| (line, Lsn::new(held.get() - 1))));
         }
     }

@@ -35,13 +35,6 @@ impl Needs {
         }
     }
 
-    /// Everything on a way.
-    pub fn whole_way(&mut self, path: &Path) {
-        for (branch, ..) in path.branches() {
-            self.add(branch, Lsn::ZERO, FAR);
-        }
-    }
-
     pub fn range(&mut self, range: WalRange) {
         self.add(range.branch, range.from, range.to);
     }
