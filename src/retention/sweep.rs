@@ -141,7 +141,10 @@ impl Run<'_> {
 
     /// Records what no earlier record has.
     async fn condemn(&self, swept: &mut Swept) -> Result<(), CatalogError> {
-        let recorded: Vec<&Expiry> = self.survey.expiries.iter().map(|plan| &plan.expiry).collect();
+        // Of a plan of which it was recorded what goes, only that counts: the rest was let off.
+        let gone = self.goings();
+        let counts = self.survey.expiries.iter().filter(|plan| plan.going || !gone.contains(&plan.name));
+        let recorded: Vec<&Expiry> = counts.map(|plan| &plan.expiry).collect();
         let goes = self.decision.goes();
         let backups: Vec<BackupLabel> =
             goes.into_iter().filter(|label| !recorded.iter().any(|plan| plan.backups.contains(label))).collect();
