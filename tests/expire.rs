@@ -91,7 +91,7 @@ fn p5_old_backups_go_and_both_ends_of_the_window_are_restored() {
         age(&rig, &[], days * 24 - 1);
     }
     let [oldest, held, middle, base, newest] = taken_at.as_slice() else { panic!("{taken_at:?}") };
-    rig.done(&["hold", "add", held, "--reason", "audit 2026"]).says("audit").says(held);
+    rig.done(&["hold", "add", held, "--reason", "audit 2026"]).says(held);
     rig.done(&["hold", "list"]).says("audit 2026");
 
     let before = bytes(&rig);

@@ -100,7 +100,10 @@ pub(super) async fn choose(
     // What is condemned by now is no parent; after the start was put, `Parent::open` asks again.
     let condemned = match repository.condemned(cluster).await? {
         Condemned::These(labels) => labels,
-        Condemned::Unknown(_) => return Ok(None),
+        Condemned::Unknown(name) => {
+            tracing::warn!(%cluster, "{name} is not understood, and may condemn any backup: there is no parent");
+            return Ok(None);
+        }
     };
     let labels = repository.backup_labels(cluster).await?.into_iter().rev();
     for label in labels.filter(|label| !condemned.contains(label)).take(CANDIDATES) {

@@ -623,7 +623,7 @@ pub mod rule {
     pub fn is_short_lived(key: &str) -> bool {
         match Name::parse(key) {
             Ok(Name { object: Object::Of(_, object), .. }) => {
-                matches!(object, ClusterObject::Open(..) | ClusterObject::Tail(..))
+                matches!(object, ClusterObject::Open(..) | ClusterObject::Tail(..) | ClusterObject::Lease(_))
             }
             Ok(_) => false,
             Err(_) => true,

@@ -664,7 +664,7 @@ fn p5_no_promised_instant_is_lost_and_nothing_stays_for_no_reason() {
     }
     let Told { decisions, backups_gone, segments_gone, packs_gone, instants, holds } = told;
     println!(
-        "{count} histories, {decisions} decisions: {backups_gone} base backups, {segments_gone} WAL objects and {packs_gone}          packs went; {instants} promised positions were asked for before and after; {holds} times a hold kept something"
+        "{count} histories, {decisions} decisions: {backups_gone} base backups, {segments_gone} WAL objects and {packs_gone} packs went; {instants} promised positions were asked for before and after; {holds} times a hold kept something"
     );
     // The model is not trivial.
     assert!(
