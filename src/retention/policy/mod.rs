@@ -398,6 +398,9 @@ impl<'a> Facts<'a> {
             match latest_path(inventory, base.branch) {
                 Ok((path, rivals)) => {
                     let with_wal = |branch: &Branch| branches.contains(branch);
+                    // The newest timeline, and where none of its WAL is there yet, the one before it, to its own end: their base
+                    // backups may differ.
+                    tips.insert(path.tip);
                     let on_path = path.branches().into_iter().rev().map(|(branch, ..)| branch);
                     tips.extend(on_path.into_iter().find(with_wal));
                     tips.extend(rivals.into_iter().filter(with_wal));

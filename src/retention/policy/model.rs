@@ -285,6 +285,20 @@ impl World {
         }
     }
 
+    /// For whoever has to find out.
+    fn told(&self, reach: &[Vec<(BackupLabel, Timestamp, Lsn, Lsn)>]) -> String {
+        let lines = self.lines.iter().map(|line| (line.branch, line.parent, line.begin, line.end));
+        let runs = self.survey.inventory.branches.values().map(|branch| (branch.branch, branch.runs(size())));
+        let backups = self.survey.inventory.backups.iter();
+        let backups = backups.map(|b| (b.label, b.branch, b.start, b.stop, b.flagged.is_some()));
+        format!(
+            "lines {:?}\nWAL {:?}\nbackups {:?}\nreach {reach:?}",
+            lines.collect::<Vec<_>>(),
+            runs.collect::<Vec<_>>(),
+            backups.collect::<Vec<_>>()
+        )
+    }
+
     /// Everything that a manifest names is there.
     fn whole(&self, label: BackupLabel) -> bool {
         let (packs, parts) = &self.names[&label];
@@ -418,6 +432,8 @@ fn plain(world: &World, policy: &Policy, now: Timestamp) -> Plain {
         survey.wal.keys().copied().filter(|b| newest(b).is_some()).max_by_key(|branch| (newest(branch), *branch)),
     );
     let related = inventory.branches.keys().copied().max_by_key(|branch| branch.timeline);
+    // What `latest` means; and where none of its WAL is there, the one before it as well.
+    tips.extend(related);
     let mut up = related.map(|branch| world.line_of(branch));
     while let Some(line) = up {
         if newest(&world.lines[line].branch).is_some() {
@@ -535,6 +551,10 @@ fn one_history(seed: u64, told: &mut Told) {
         let lines: Vec<usize> = (0..world.lines.len()).collect();
         let before: Vec<Vec<_>> = lines.iter().map(|line| world.reach(*line)).collect();
         let promised = promised(&world, &policy, now, &before, told);
+        let told_before = if std::env::var_os("PGKEEP_TELL").is_some() { world.told(&before) } else { String::new() };
+        if !told_before.is_empty() {
+            println!("---- at {now}: {policy:?}\n{told_before}\n{:?}\nWAL goes {:?}", decision.backups, decision.wal);
+        }
         if dice.one_in(2) {
             world.remove(&decision, Some(&mut dice));
             keeps_promises(&world, &promised, "after a part of it was removed", seed);
@@ -647,7 +667,8 @@ fn keeps_promises(world: &World, promised: &[(usize, Lsn)], when: &str, seed: u6
     let reach: Vec<Vec<_>> = (0..world.lines.len()).map(|line| world.reach(line)).collect();
     for (line, position) in promised {
         let there = reach[*line].iter().any(|(_, _, stop, held)| stop <= position && position < held);
-        assert!(there, "seed {seed}: {position} of {} was promised and is lost {when}", world.lines[*line].branch);
+        let branch = world.lines[*line].branch;
+        assert!(there, "seed {seed}: {position} of {branch} was promised and is lost {when}; {:?}", world.told(&reach));
     }
 }
 
