@@ -391,10 +391,10 @@ fn plain(world: &World, policy: &Policy, now: Timestamp) -> Plain {
     let inventory = &survey.inventory;
     let hours = |hours: i64| SignedDuration::from_hours(hours);
     let from = now - policy.window - hours(1);
+    let reach: Vec<BTreeSet<BackupLabel>> =
+        (0..world.lines.len()).map(|line| world.reach(line).iter().map(|(label, ..)| *label).collect()).collect();
     let is_sound = |backup: &&BackupInfo| {
-        backup.flagged.is_none()
-            && world.whole(backup.label)
-            && (0..world.lines.len()).any(|line| world.reach(line).iter().any(|(label, ..)| *label == backup.label))
+        backup.flagged.is_none() && world.whole(backup.label) && reach.iter().any(|reach| reach.contains(&backup.label))
     };
     let sound: Vec<&BackupInfo> = inventory.backups.iter().filter(is_sound).collect();
     let everything = || Plain {
@@ -448,8 +448,7 @@ fn plain(world: &World, policy: &Policy, now: Timestamp) -> Plain {
     let mut needed: Vec<(usize, Lsn, Lsn)> = Vec::new();
     for tip in &tips {
         let line = world.line_of(*tip);
-        let reach = world.reach(line);
-        let reaches = |backup: &BackupInfo| reach.iter().any(|(label, ..)| *label == backup.label);
+        let reaches = |backup: &BackupInfo| reach[line].contains(&backup.label);
         let on_way: Vec<&&BackupInfo> = sound.iter().filter(|backup| leads(line, backup) && reaches(backup)).collect();
         let before = on_way.iter().rev().find(|backup| backup.stopped_at <= from);
         match before.or(on_way.first()) {
@@ -486,7 +485,7 @@ fn plain(world: &World, policy: &Policy, now: Timestamp) -> Plain {
     for backup in inventory.backups.iter().filter(|backup| keeps.contains(&backup.label)) {
         needed.push((world.line_of(backup.branch), backup.start, backup.stop));
         // Where its own branch lacks the end, a child that forked off in that segment has it.
-        let reaches = |line: usize| world.reach(line).iter().any(|(label, ..)| *label == backup.label);
+        let reaches = |line: usize| reach[line].contains(&backup.label);
         if is_sound(&backup) && !reaches(world.line_of(backup.branch)) {
             let line =
                 world.survey.inventory.branches.keys().map(|branch| world.line_of(*branch)).find(|l| reaches(*l));
