@@ -23,6 +23,7 @@ pub mod helper;
 pub mod pg;
 pub mod plan;
 pub mod restore;
+pub mod retention;
 pub mod seal;
 pub mod store;
 #[cfg(feature = "testing")]

@@ -55,7 +55,9 @@ max_delay = "250ms"
 synchronous = true
 shutdown_deadline = "1m 30s"
 fill_rate = "50MB/s"
-index = false"#,
+index = false
+keep = { window = "7d", daily = 14, weekly = 8, monthly = 12, yearly = 7, at_least = 2 }
+keep_in = { main = { window = "90d 12h" } }"#,
     );
     let config = parse(&text).unwrap();
     let cluster = &config.clusters[0];
@@ -67,6 +69,33 @@ index = false"#,
 }
 
 #[test]
+fn each_repository_has_its_policy() {
+    let spare = "[repository.spare]\npath = \"/spare\"\nkey_file = \"k\"\n";
+    let text = GOOD.replace("[\"main\"]", "[\"main\", \"spare\"]") + "keep = { window = \"7d\", at_least = 2 }\n";
+    let config = parse(&format!("{text}keep_in = {{ spare = {{ yearly = 7 }} }}\n{spare}")).unwrap();
+    let keep = &config.clusters[0].keep;
+    assert_eq!((keep["main"].window.as_hours(), keep["main"].at_least, keep["main"].yearly), (7 * 24, 2, 0));
+    assert_eq!((keep["spare"].window.as_hours(), keep["spare"].at_least, keep["spare"].yearly), (0, 1, 7));
+    assert!(parse(GOOD).unwrap().clusters[0].keep.is_empty());
+    let cases = [
+        ("keep = {}", "asks for nothing"),
+        ("keep = { window = \"0s\", daily = 0 }", "asks for nothing"),
+        ("keep = { daily = 3, at_least = 0 }", "the newest sound base backup always stays"),
+        ("keep = { window = \"1 month\" }", "a month has no fixed length"),
+        ("keep = { window = \"-3d\" }", "is not a span"),
+        ("keep = { window = \"200000d\" }", "longer than a hundred years"),
+        ("keep = { daily = -1 }", "out of range"),
+        ("keep = { yearly = 100000 }", "out of range"),
+        ("keep = \"7d\"", "keep is a table"),
+        ("keep_in = { main = \"7d\" }", "a policy of its own"),
+    ];
+    for (line, want) in cases {
+        let said = mistake(&good_and(line));
+        assert!(said.contains(want), "{line}: {said}");
+    }
+}
+
+#[test]
 fn a_misspelt_name_is_answered_with_the_nearest() {
     let cases = [
         (good_and("max_dealy = \"1s\""), ":8:", "did you mean \"max_delay\"?"),
@@ -74,6 +103,9 @@ fn a_misspelt_name_is_answered_with_the_nearest() {
         (good_and("key_file = \"k\""), ":8:", "it belongs into [repository.NAME]"),
         (good_and("[clusters.spare]\nslot = \"x\""), ":8:", "did you mean [cluster.NAME]?"),
         (good_and("zzz = \"blue\""), ":8:", "there are conninfo, repositories,"),
+        (good_and("keep = { dayly = 3 }"), ":8:", "did you mean \"daily\"?"),
+        (good_and("keep_in = { main = { windows = \"3d\" } }"), ":8:", "did you mean \"window\"?"),
+        (good_and("keep_in = { mian = { window = \"3d\" } }"), ":8:", "did you mean \"main\"?"),
         ("[repository]\npath = \"/x\"\n".to_owned(), ":2:", "write path below [repository.main]"),
         (GOOD.replace("[\"main\"]", "[\"mian\"]"), ":7:", "did you mean \"main\"?"),
     ];

@@ -475,7 +475,10 @@ impl Filler {
             let here = |gap: &&GapRecord| gap.from.segment_start(size) <= from.to && from.to < gap.to;
             if let Some(gap) = gaps.iter().filter(here).max_by_key(|gap| gap.to) {
                 let (noticed_at, writer) = (target.now(), target.writer());
-                let gap = GapRecord { from: from.to, noticed_at, writer, ..gap.clone() };
+                // What the other one expired was asked for here: nobody has it any more.
+                let expired = gap.reason == GapReason::Expired;
+                let reason = if expired { GapReason::Recycled } else { gap.reason };
+                let gap = GapRecord { from: from.to, reason, noticed_at, writer, ..gap.clone() };
                 target.put_record(id, ClusterObject::Gap(branch, gap.from, gap.to), &gap).await?;
                 tracing::warn!(repository = %self.name(), %branch, from = %gap.from, to = %gap.to, "a gap is recorded here as in the other repositories");
                 return Ok(Some(Position { on: from.on, to: gap.to }));

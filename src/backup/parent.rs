@@ -30,6 +30,7 @@ use super::reclaim;
 use super::tags::{self, TAG};
 use crate::catalog::layout::{PackName, PartKind};
 use crate::catalog::records::{Manifest, PackRef, PartRef};
+use crate::catalog::retention::Condemned;
 use crate::catalog::table::{FileEntry, FileKind, ListedFile, TableError, TablePiece};
 use crate::catalog::{CatalogError, Repository};
 use crate::types::{BackupLabel, ClusterId, Digest};
@@ -96,7 +97,16 @@ pub(super) async fn choose(
         }
         ParentChoice::Newest => {}
     }
-    for label in repository.backup_labels(cluster).await?.into_iter().rev().take(CANDIDATES) {
+    // What is condemned by now is no parent; after the start was put, `Parent::open` asks again.
+    let condemned = match repository.condemned(cluster).await? {
+        Condemned::These(labels) => labels,
+        Condemned::Unknown(name) => {
+            tracing::warn!(%cluster, "{name} is not understood, and may condemn any backup: there is no parent");
+            return Ok(None);
+        }
+    };
+    let labels = repository.backup_labels(cluster).await?.into_iter().rev();
+    for label in labels.filter(|label| !condemned.contains(label)).take(CANDIDATES) {
         match repository.get_manifest(cluster, label).await {
             // One without tags came from another realm: nothing can be compared with it.
             Ok(manifest) if manifest.backup.flagged.is_none() && !manifest.tags.is_empty() => {
@@ -226,10 +236,14 @@ impl Parent {
         if manifest.tags.is_empty() {
             return Err(unfit("it has no tags of its blocks: it was copied from a repository with another key"));
         }
-        if repository.has_expiry_plans(cluster).await? {
-            return Err(unfit(
-                "a newer pgkeep has plans of expiry here, which this one cannot read: it may be condemned",
-            ));
+        match repository.condemned(cluster).await? {
+            Condemned::These(labels) if labels.contains(&label) => return Err(unfit("it is condemned by expiry")),
+            Condemned::These(_) => {}
+            Condemned::Unknown(name) => {
+                return Err(unfit(&format!(
+                    "{name} is not understood, and may condemn it; a newer pgkeep may read it"
+                )));
+            }
         }
         let gone = repository.not_there(cluster, manifest, None).await?;
         if let Some(first) = gone.first() {

@@ -8,7 +8,7 @@ use super::CatalogError;
 use super::layout::{ClusterObject, Name, Object, PackName, PartName, folder};
 use super::records::Manifest;
 use super::repository::Repository;
-use crate::store::{ListRequest, ObjectMeta, list_all};
+use crate::store::{ObjectMeta, list_all};
 use crate::types::{BackupLabel, ClusterId};
 
 /// What a manifest names and is not there, or is of another length.
@@ -42,16 +42,6 @@ impl Repository {
         let listed = self.named(&folder::backups(cluster)).await?;
         let labels: BTreeSet<BackupLabel> = listed.into_iter().filter_map(|(object, _)| label_of(&object)).collect();
         Ok(labels.into_iter().collect())
-    }
-
-    /// Whether anything lies where plans of expiry will. This version has none and cannot read one.
-    ///
-    /// # Errors
-    /// What the store says.
-    pub async fn has_expiry_plans(&self, cluster: &ClusterId) -> Result<bool, CatalogError> {
-        let request = ListRequest { limit: 1, ..ListRequest::flat(folder::expiry_plans(cluster)) };
-        let page = self.store().list(&request).await.map_err(|source| self.in_store(source))?;
-        Ok(!page.objects.is_empty())
     }
 
     /// Which packs and pieces that a manifest names are not there, or of another length; those of `but` are not looked

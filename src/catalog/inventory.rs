@@ -146,6 +146,7 @@ impl fmt::Display for Hole {
             Some(GapReason::Failover) => f.write_str(" (it was written before a failover and never streamed)"),
             Some(GapReason::MissingHistory) => f.write_str(" (the timeline's history file is missing)"),
             Some(GapReason::Differs) => f.write_str(" (the server's WAL differed from the archive's)"),
+            Some(GapReason::Expired) => f.write_str(" (it was expired)"),
             Some(GapReason::Other) => f.write_str(" (a gap was recorded)"),
         }
     }

@@ -74,6 +74,44 @@ pub enum ClusterObject {
     Gap(Branch, Lsn, Lsn),
     /// `conflict/<branch>/<what>.<tag>`: bytes that somebody else wrote under a name that was taken.
     Conflict(Branch, Disputed, ContentTag),
+    /// `expire/<second>`: what expiry condemned.
+    ExpiryPlan(BackupLabel),
+    /// `expire/<second>.going`: of that plan, what goes for good. The manifests go after it, the rest a while later.
+    ExpiryGoing(BackupLabel),
+    /// `hold/<second>`: something is not to be expired.
+    Hold(BackupLabel),
+    /// `hold/<second>.released`: that hold is over.
+    HoldReleased(BackupLabel),
+    /// `lease/<name>/<epoch>.<beat>`: somebody is at work.
+    Lease(LeaseName),
+}
+
+/// One beat of a lease.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LeaseName {
+    name: String,
+    /// Who holds it now: grows with each holder.
+    pub epoch: u32,
+    /// How often the holder has said so.
+    pub beat: u32,
+}
+
+impl LeaseName {
+    /// `None` unless the name is of `[a-z0-9-]`, at most 64.
+    pub fn new(name: &str, epoch: u32, beat: u32) -> Option<LeaseName> {
+        let plain = name.bytes().all(|b| b.is_ascii_digit() || b.is_ascii_lowercase() || b == b'-');
+        (plain && (1..=64).contains(&name.len())).then(|| LeaseName { name: name.to_owned(), epoch, beat })
+    }
+
+    /// What is leased.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The next beat of the same holder.
+    pub fn next(&self) -> LeaseName {
+        LeaseName { beat: self.beat.saturating_add(1), ..self.clone() }
+    }
 }
 
 /// A moment in UTC, to the second: `20261120T031500Z`.
@@ -438,6 +476,11 @@ impl fmt::Display for ClusterObject {
                 Disputed::History => write!(f, "conflict/{branch}/history.{tag}"),
                 Disputed::File(file) => write!(f, "conflict/{branch}/{}.{tag}", file.0),
             },
+            ClusterObject::ExpiryPlan(second) => write!(f, "expire/{second}"),
+            ClusterObject::ExpiryGoing(second) => write!(f, "expire/{second}.going"),
+            ClusterObject::Hold(second) => write!(f, "hold/{second}"),
+            ClusterObject::HoldReleased(second) => write!(f, "hold/{second}.released"),
+            ClusterObject::Lease(LeaseName { name, epoch, beat }) => write!(f, "lease/{name}/{epoch:06}.{beat:06}"),
         }
     }
 }
@@ -502,7 +545,18 @@ fn parse_cluster_object(text: &str) -> Option<ClusterObject> {
     if folder == "relations" {
         return Some(ClusterObject::Relations(rest.parse().ok()?));
     }
+    match (folder, rest.split_once('.')) {
+        ("expire", None) => return Some(ClusterObject::ExpiryPlan(rest.parse().ok()?)),
+        ("expire", Some((second, "going"))) => return Some(ClusterObject::ExpiryGoing(second.parse().ok()?)),
+        ("hold", None) => return Some(ClusterObject::Hold(rest.parse().ok()?)),
+        ("hold", Some((second, "released"))) => return Some(ClusterObject::HoldReleased(second.parse().ok()?)),
+        _ => {}
+    }
     let (branch, rest) = rest.split_once('/')?;
+    if folder == "lease" {
+        let (epoch, beat) = rest.split_once('.')?;
+        return LeaseName::new(branch, epoch.parse().ok()?, beat.parse().ok()?).map(ClusterObject::Lease);
+    }
     let branch: Branch = branch.parse().ok()?;
     match folder {
         "wal" => {
@@ -569,7 +623,7 @@ pub mod rule {
     pub fn is_short_lived(key: &str) -> bool {
         match Name::parse(key) {
             Ok(Name { object: Object::Of(_, object), .. }) => {
-                matches!(object, ClusterObject::Open(..) | ClusterObject::Tail(..))
+                matches!(object, ClusterObject::Open(..) | ClusterObject::Tail(..) | ClusterObject::Lease(_))
             }
             Ok(_) => false,
             Err(_) => true,
@@ -656,9 +710,29 @@ pub mod folder {
         format!("{cluster}/pack/{label}/")
     }
 
-    /// Where plans of expiry will lie: reserved, so names in it are unknown as yet.
+    /// Plans of expiry, and what of them goes.
     pub fn expiry_plans(cluster: &ClusterId) -> String {
         format!("{cluster}/expire/")
+    }
+
+    /// Holds and their releases.
+    pub fn holds(cluster: &ClusterId) -> String {
+        format!("{cluster}/hold/")
+    }
+
+    /// Leases of all names.
+    pub fn leases(cluster: &ClusterId) -> String {
+        format!("{cluster}/lease/")
+    }
+
+    /// The packs of all base backups.
+    pub fn all_packs(cluster: &ClusterId) -> String {
+        format!("{cluster}/pack/")
+    }
+
+    /// Indexes of all branches.
+    pub fn indexes(cluster: &ClusterId) -> String {
+        format!("{cluster}/index/")
     }
 
     /// Kept `.partial` and `.backup` files of all branches.

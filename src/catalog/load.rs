@@ -13,8 +13,9 @@ use super::CatalogError;
 use super::inventory::{BranchInventory, ClusterInventory, DamagedObject, Place, WalPiece};
 use super::layout::{ClusterObject, Name, Object, SegmentName, folder};
 use super::reader::{Piece, range_of};
-use super::records::{BackupInfo, GapReason, GapRecord};
+use super::records::{BackupInfo, GapReason, GapRecord, Record, RecordError};
 use super::repository::{Repository, kind_of, name_of};
+use super::retention::Tombstone;
 use super::writer::{head_of, segment_name};
 use crate::seal::SealError;
 use crate::store::{ListRequest, ObjectMeta, StoreError, list_all, list_folders, pages};
@@ -36,7 +37,7 @@ pub(super) struct Listed {
     pub in_wal: bool,
 }
 
-fn listed(object: &ObjectMeta) -> Option<Listed> {
+pub(super) fn listed(object: &ObjectMeta) -> Option<Listed> {
     let piece = Piece::from_listed(object)?;
     let (branch, segment, in_wal) = match &piece.name.object {
         Object::Of(_, ClusterObject::Wal(branch, range)) => (*branch, range.segment, true),
@@ -80,7 +81,7 @@ impl Repository {
         Ok(inventory)
     }
 
-    async fn load_histories(
+    pub(super) async fn load_histories(
         &self,
         cluster: &ClusterId,
         objects: &[ObjectMeta],
@@ -168,6 +169,12 @@ impl Repository {
                 Ok(head)
             };
             match read.await {
+                // A tombstone: this backup was given up.
+                Err(CatalogError::Record { source: RecordError::Other { found, .. }, .. })
+                    if found == Tombstone::NAME =>
+                {
+                    return Ok(None);
+                }
                 Ok(head) => match &found {
                     Some((other, known)) if *known != head => {
                         return Err(
@@ -189,7 +196,7 @@ impl Repository {
         }
     }
 
-    async fn load_gaps(
+    pub(super) async fn load_gaps(
         &self,
         cluster: &ClusterId,
         objects: &[ObjectMeta],
@@ -339,7 +346,7 @@ impl Repository {
     }
 
     /// Without the ranges whose copies hold different contents: nobody can read those.
-    async fn without_disputes(
+    pub(super) async fn without_disputes(
         &self,
         mut pieces: Vec<Listed>,
     ) -> Result<(Vec<Listed>, Vec<DamagedObject>), CatalogError> {

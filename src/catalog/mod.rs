@@ -4,6 +4,7 @@
 //! - [`records`] is what we write down, as JSON under the meta key, [`table`] the files of a base backup, [`tags`] its blocks;
 //! - [`Repository`] is a repository opened with its key; [`writer`] puts objects into it, [`reader`] gets them out;
 //! - [`backups`] tells what the base backups share, and whether all that one names is there;
+//! - [`survey`] is everything of a cluster that retention judges; [`retention`] what it writes down;
 //! - [`copy`] brings them from one repository into another;
 //! - [`inventory`] is a picture of what is there, in plain values; [`load`] takes it.
 //!
@@ -26,6 +27,8 @@ pub mod records;
 pub mod relations;
 pub mod repository;
 mod resume;
+pub mod retention;
+pub mod survey;
 pub mod sweep;
 pub mod table;
 pub mod tags;

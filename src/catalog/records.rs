@@ -160,6 +160,8 @@ pub enum GapReason {
     MissingHistory,
     /// The server's bytes differ from what is archived from here on.
     Differs,
+    /// Retention removed it: no policy asked for it any more.
+    Expired,
     /// Nothing is missing: the server's WAL came damaged and is archived as it came. Recovery stops at its beginning.
     Damaged,
     /// A newer version's reason.

@@ -152,9 +152,15 @@ pub(super) fn kind_of(object: &ClusterObject) -> Kind {
         ClusterObject::WalFile(..) | ClusterObject::Conflict(_, Disputed::File(_), _) => Kind::WalFile,
         ClusterObject::Pack(_) => Kind::Pack,
         ClusterObject::Index(..) => Kind::Index,
-        ClusterObject::Start(_) | ClusterObject::Manifest(_) | ClusterObject::Gap(..) | ClusterObject::Relations(_) => {
-            Kind::Record
-        }
+        ClusterObject::Start(_)
+        | ClusterObject::Manifest(_)
+        | ClusterObject::Gap(..)
+        | ClusterObject::Relations(_)
+        | ClusterObject::ExpiryPlan(_)
+        | ClusterObject::ExpiryGoing(_)
+        | ClusterObject::Hold(_)
+        | ClusterObject::HoldReleased(_) => Kind::Record,
+        ClusterObject::Lease(_) => Kind::Lease,
         ClusterObject::Part(part) => match part.kind {
             PartKind::Files => Kind::FileTable,
             PartKind::Tags => Kind::BlockTags,
@@ -498,7 +504,12 @@ impl Repository {
 
     /// What an object of this name and kind is sealed for.
     pub(super) fn binding<'a>(&self, kind: Kind, object: &'a str) -> Binding<'a> {
-        Binding { realm: self.realm(), repository: None, kind, name: object }
+        Binding { realm: self.realm(), repository: self.bound_to(kind), kind, name: object }
+    }
+
+    /// The one repository, for what says nothing in another one.
+    fn bound_to(&self, kind: Kind) -> Option<Id128> {
+        matches!(kind, Kind::Event | Kind::Lease | Kind::Verification).then_some(self.0.format.repository)
     }
 
     pub(super) fn key_of(&self, name: &Name) -> Result<Key, CatalogError> {
@@ -561,10 +572,10 @@ impl Repository {
         Opener::new(&header, self.meta_key(), None, &self.binding(kind, &bound))
             .map_err(|source| self.sealed(name, source))?;
         let content = self.key_for(&header).await?;
-        let (meta, realm) = (self.meta_key().clone(), self.realm());
+        let (meta, realm, repository) = (self.meta_key().clone(), self.realm(), self.bound_to(kind));
         let heavy = bytes.len() > HEAVY;
         let open = move || {
-            let binding = Binding { realm, repository: None, kind, name: &bound };
+            let binding = Binding { realm, repository, kind, name: &bound };
             open_whole(&meta, content.as_ref(), &binding, &bytes)
         };
         let opened = if heavy { self.off_thread(open).await? } else { open() };
@@ -691,9 +702,9 @@ impl Repository {
         }
         let (meta, realm, kind, bound) =
             (self.meta_key().clone(), self.realm(), kind_of(object), name.object.to_string());
-        let heavy = plaintext.len() > HEAVY;
+        let (heavy, repository) = (plaintext.len() > HEAVY, self.bound_to(kind));
         let seal = move || {
-            let binding = Binding { realm, repository: None, kind, name: &bound };
+            let binding = Binding { realm, repository, kind, name: &bound };
             let frames = key.as_ref().map_or(FrameKey::Meta(&meta), |key| FrameKey::Content(&key.key));
             crate::seal::seal_whole(&meta, frames, &binding, crate::seal::Codec::Lz4, &plaintext, &note)
         };

@@ -251,6 +251,10 @@ impl Repository {
             match theirs {
                 Ok(theirs) if theirs == *record => same = same.or(Some(other)),
                 Ok(_) => return Err(self.taken(&other)),
+                // A record of another kind: a tombstone in a manifest's place.
+                Err(CatalogError::Record { source: records::RecordError::Other { .. }, .. }) => {
+                    return Err(self.taken(&other));
+                }
                 Err(error) if error.is_not_found() => {}
                 Err(error) if error.is_damage() => {
                     tracing::error!(object = %other, %error, "does not open; what is put now stands beside it");

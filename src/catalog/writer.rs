@@ -532,7 +532,7 @@ impl Repository {
         self.put_record_with_note(cluster, object, record, Vec::new()).await
     }
 
-    async fn put_record_with_note<T: Record + PartialEq>(
+    pub(super) async fn put_record_with_note<T: Record + PartialEq>(
         &self,
         cluster: &ClusterId,
         object: ClusterObject,
@@ -548,7 +548,13 @@ impl Repository {
         match self.put_bytes(&name, body).await {
             Err(CatalogError::Store { source: StoreError::Conflict { .. }, .. }) => {
                 // Sealing is random, so even our own record of an earlier try differs as bytes: compare what it says.
-                let theirs: T = self.get_record(cluster, object).await?;
+                let theirs: T = match self.get_record(cluster, object).await {
+                    // A record of another kind: a tombstone in a manifest's place.
+                    Err(CatalogError::Record { source: records::RecordError::Other { .. }, .. }) => {
+                        return Err(self.taken(&name));
+                    }
+                    theirs => theirs?,
+                };
                 if theirs != *record {
                     return Err(self.taken(&name));
                 }

@@ -3,11 +3,12 @@
 //! Reads the repository's inventory and, for the time of the newest commit, the last few segments. Changes nothing and
 //! needs no server. The `--json` document grows; its names stay.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::hold::in_force;
 use super::output::{self, Align, Table};
 use super::several::{Away, open_all};
 use super::standing::{Standing, lags, missing};
@@ -15,6 +16,7 @@ use super::{CliError, Context, Exit, open};
 use crate::catalog::backups::Sharing;
 use crate::catalog::inventory::{BranchInventory, ClusterInventory, DamagedObject, Hole};
 use crate::catalog::records::{BackupInfo, GapReason};
+use crate::catalog::retention::{Condemned, Held};
 use crate::catalog::{CatalogError, Repository};
 use crate::types::{BackupLabel, Branch, ClusterName, Lsn, PgTimestamp, SegmentSize, SystemId};
 use crate::wal::{Decoder, Fact, fact, may_be_fact};
@@ -172,6 +174,8 @@ struct Cluster {
     restorable: Restorable,
     backups: Vec<BackupLine>,
     unfinished_backups: Vec<BackupLabel>,
+    /// In force now.
+    holds: Vec<HoldLine>,
     branches: Vec<BranchLine>,
     /// Recorded gaps, whether or not anything is promised there.
     gaps: Vec<GapLine>,
@@ -216,6 +220,17 @@ struct BackupLine {
     /// All the WAL that makes it consistent is there.
     usable: bool,
     flagged: Option<String>,
+    /// Holds in force that name it.
+    holds: Vec<BackupLabel>,
+    /// Expiry has condemned it.
+    condemned: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct HoldLine {
+    hold: BackupLabel,
+    held: Held,
+    reason: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -288,6 +303,17 @@ async fn summary(
     };
     standing.as_of = standing.as_of.max(newest);
     let sharing = sharing(repository, inventory).await?;
+    let holds = in_force(&repository.holds(&inventory.id).await?, repository.now());
+    let condemned = match repository.condemned(&inventory.id).await? {
+        Condemned::These(labels) => labels,
+        Condemned::Unknown(_) => BTreeSet::new(),
+    };
+    let mut backups: Vec<BackupLine> =
+        inventory.backups.iter().map(|backup| backup_line(inventory, backup, &sharing)).collect();
+    for line in &mut backups {
+        let its = holds.iter().filter(|(_, held, _)| *held == Held::Backup(line.label));
+        (line.holds, line.condemned) = (its.map(|(hold, ..)| *hold).collect(), condemned.contains(&line.label));
+    }
     Ok(Cluster {
         repository: repository.name().to_owned(),
         cluster: inventory.id.name.to_string(),
@@ -298,7 +324,8 @@ async fn summary(
         frontier_time: standing.as_of,
         behind: None,
         restorable,
-        backups: inventory.backups.iter().map(|backup| backup_line(inventory, backup, &sharing)).collect(),
+        backups,
+        holds: holds.into_iter().map(|(hold, held, reason)| HoldLine { hold, held, reason }).collect(),
         unfinished_backups: inventory.unfinished_backups.clone(),
         branches,
         gaps: inventory
@@ -366,6 +393,8 @@ fn backup_line(inventory: &ClusterInventory, backup: &BackupInfo, sharing: &Shar
         files: backup.files,
         usable: is_usable(inventory, backup),
         flagged: backup.flagged.clone(),
+        holds: Vec::new(),
+        condemned: false,
     }
 }
 
@@ -381,7 +410,7 @@ fn is_usable(inventory: &ClusterInventory, backup: &BackupInfo) -> bool {
 fn restorable(inventory: &ClusterInventory) -> Restorable {
     let usable = |backup: &&BackupInfo| backup.flagged.is_none() && is_usable(inventory, backup);
     let backups: Vec<&BackupInfo> = inventory.backups.iter().filter(usable).collect();
-    let (Some(oldest), Some(newest)) = (backups.first(), backups.last()) else { return Restorable::default() };
+    let Some(newest) = backups.last() else { return Restorable::default() };
     let (mut best, mut to) = (newest.branch, newest.stop);
     for branch in inventory.branches.keys() {
         let Some(path) = inventory.path_of(*branch) else { continue };
@@ -397,6 +426,13 @@ fn restorable(inventory: &ClusterInventory) -> Restorable {
             (best, to) = (*branch, end);
         }
     }
+    // Between base backups that are kept beside the window, WAL was expired: it begins behind the last of such holes.
+    let expired = inventory.gaps.iter().any(|gap| gap.reason == GapReason::Expired);
+    let goes_on = |backup: &&&BackupInfo| {
+        let path = inventory.path_of(best);
+        !expired || path.is_some_and(|path| inventory.covers_on(best, &path, backup.stop, to).is_ok())
+    };
+    let oldest = backups.iter().find(goes_on).unwrap_or(newest);
     let note = inventory.branches.get(&best).and_then(|branch| branch.note_of_newest.as_ref());
     let complete = note.filter(|note| note.server_end.is_some_and(|end| end <= to)).and_then(|note| note.server_time);
     Restorable {
@@ -510,6 +546,10 @@ fn show(context: &Context, cluster: &Cluster) {
                 (None, false) => "NOT USABLE: WAL is missing".to_owned(),
                 (None, true) => String::new(),
             };
+            let held = backup.holds.iter().map(|hold| format!("held by {hold}"));
+            let condemned = backup.condemned.then(|| "condemned".to_owned());
+            let remarks = Some(remark).filter(|remark| !remark.is_empty()).into_iter().chain(held).chain(condemned);
+            let remark = remarks.collect::<Vec<_>>().join("; ");
             table.row([
                 format!("  {}", backup.label),
                 backup.branch.to_string(),
@@ -523,6 +563,11 @@ fn show(context: &Context, cluster: &Cluster) {
             ]);
         }
         output.line(table);
+    }
+    for hold in &cluster.holds {
+        if let Held::Time(instant) = hold.held {
+            output.line(format!("  Hold {} keeps the instant {}: {}", hold.hold, output::time(instant), hold.reason));
+        }
     }
     for label in &cluster.unfinished_backups {
         output.line(format!("  {label} is unfinished: it is being taken, or it was cut off"));
@@ -547,7 +592,8 @@ fn show(context: &Context, cluster: &Cluster) {
         }
         output.line(table);
     }
-    for gap in &cluster.gaps {
+    // What was expired was meant to go; --json has it.
+    for gap in cluster.gaps.iter().filter(|gap| gap.reason != GapReason::Expired) {
         let (branch, from, to) = (gap.branch, gap.from, gap.to);
         let noticed = output::time(gap.noticed_at);
         let what = if gap.reason == GapReason::Damaged { "DAMAGED WAL" } else { "GAP" };
@@ -591,6 +637,7 @@ fn reason(reason: GapReason) -> &'static str {
         GapReason::MissingHistory => "the timeline's history file is missing",
         GapReason::Damaged => "the WAL came damaged from the server",
         GapReason::Differs => "the server's WAL was not the archived one",
+        GapReason::Expired => "it was expired: no policy asked for it",
         GapReason::Other => "a newer pgkeep knows why",
     }
 }

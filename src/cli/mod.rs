@@ -10,6 +10,7 @@ mod bucket;
 mod context;
 mod error;
 pub mod exit;
+mod lease;
 mod logging;
 mod mend;
 pub mod open;
@@ -23,6 +24,8 @@ mod backup;
 mod check;
 mod copy;
 mod demo;
+mod expire;
+mod hold;
 mod index;
 mod init;
 mod list;
@@ -142,6 +145,8 @@ async fn dispatch(context: &Context, command: Command) -> Result<Exit, CliError>
         Command::Wal(wal::Wal { hook: wal::Command::Push(args) }) => wal::push::run(context, args).await,
         Command::Wal(wal::Wal { hook: wal::Command::Fetch(args) }) => wal::fetch::run(context, args).await,
         Command::Copy(args) => copy::run(context, args).await,
+        Command::Expire(args) => expire::run(context, args).await,
+        Command::Hold(hold::Hold { what }) => hold::run(context, what).await,
         Command::Index(index::Index { what: index::Command::Rebuild(args) }) => index::rebuild(context, args).await,
         Command::Demo(args) => demo::run(context, args).await,
     }

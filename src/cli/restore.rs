@@ -7,6 +7,7 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::args::TargetArgs;
+use super::lease::leased;
 use super::output::{bytes, bytes_per_second, count, duration};
 use super::plan::{Asked, Found, Origin, restore_error};
 use super::{CliError, Context, Exit};
@@ -117,7 +118,10 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
         progress.message(format!("{} of {files}", sources.spent().files()));
         progress.add(written);
     };
-    let restored = restore::restore(&sources, resolved, &destination, action, &command, &add).await;
+    // Expiry leaves alone what is being read, and for a day what recovery reads then.
+    let repositories = std::iter::once(found.repository).chain(found.others.iter().copied());
+    let restoring = restore::restore(&sources, resolved, &destination, action, &command, &add);
+    let restored = leased(repositories.cloned().collect(), &asked.cluster, plan, restoring).await;
     let restored = restored.map_err(|error| {
         let unfinished = destination.pgdata.join(restore::UNFINISHED).exists();
         let error = restore_error(error);

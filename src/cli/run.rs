@@ -5,17 +5,19 @@ use tokio::sync::watch;
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 
+use super::expire::Expiring;
 use super::mend::Backups;
 use super::{CliError, Context, Exit, bucket, open, stop_on_signal};
 use crate::archive::ClusterStatus;
 use crate::daemon;
+use crate::daemon::expire::expire_daily;
 use crate::daemon::mend::mend;
 
 /// `pgkeep run`: the daemon. Archives the WAL of all clusters until a signal.
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
 Streams until SIGTERM or SIGINT, then seals what it has and exits. Where WAL was lost or came damaged, or another history \
-begins, it takes a base backup by itself. It keeps no state of its own: stopped or killed at \
+begins, it takes a base backup by itself. Once a day it expires what the configuration's `keep` does not ask for. It keeps no state of its own: stopped or killed at \
 any moment, it goes on where the repository ends. With --cluster it serves that cluster alone.
 
 Example:
@@ -26,17 +28,19 @@ pub struct Args {}
 pub async fn run(context: &Context, _args: Args) -> Result<Exit, CliError> {
     let config = context.config()?;
     let stop = stop_on_signal()?;
-    let (mut jobs, mut menders) = (Vec::new(), Vec::new());
+    let (mut jobs, mut menders, mut expirers) = (Vec::new(), Vec::new(), Vec::new());
     let clusters = config.clusters(context.cluster_name())?;
     let _cleaning = bucket::clean_stale_uploads(bucket::repositories_of(&config, clusters.iter().copied()));
     for cluster in clusters {
         let (job, status) = (open::job(&config, cluster).await?, watch::Sender::new(ClusterStatus::default()));
         menders.push((Backups::new(context, &config, cluster, job.source.clone()), status.subscribe()));
+        expirers.extend((!cluster.keep.is_empty()).then(|| Expiring { config: &config, cluster }));
         jobs.push((job, status));
     }
     let mending = menders.iter().map(|(backups, status)| mend(backups, status.clone(), stop.clone()));
+    let expiring = expirers.iter().map(|expirer| expire_daily(expirer, stop.clone()));
     let mending = async {
-        join_all(mending).await;
+        futures_util::future::join(join_all(mending), join_all(expiring)).await;
         std::future::pending::<()>().await;
     };
     let ended = tokio::select! {

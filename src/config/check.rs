@@ -148,6 +148,8 @@ impl Checker<'_> {
         let shutdown_deadline =
             self.duration("shutdown_deadline", written.shutdown_deadline, Duration::from_secs(10), SHUTDOWN_DEADLINE);
         let fill_rate = self.rate("fill_rate", written.fill_rate);
+        let keep =
+            self.policies(name.get_ref(), written.keep, written.keep_in, receivers.as_deref().unwrap_or_default());
         Some(ClusterConfig {
             name: parsed?,
             conninfo: conninfo?,
@@ -161,6 +163,7 @@ impl Checker<'_> {
             shutdown_deadline: shutdown_deadline?,
             fill_rate: fill_rate?,
             index: written.index.unwrap_or(true),
+            keep: keep?,
         })
     }
 

@@ -9,6 +9,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::error::nearest;
+use super::keep::{self, WrittenKeep, WrittenKeepIn};
 use super::{ConfigError, Problem};
 
 /// A setting of the file, as reference and template show it.
@@ -65,6 +66,8 @@ pub const CLUSTER_SETTINGS: &[Setting] = &[
     with_default("shutdown_deadline", "10s"),
     setting("fill_rate"),
     with_default("index", "true"),
+    setting("keep"),
+    setting("keep_in"),
 ];
 
 /// The sections, each with what it may hold.
@@ -215,6 +218,8 @@ pub(super) struct Cluster {
     pub shutdown_deadline: Option<Spanned<String>>,
     pub fill_rate: Option<Spanned<String>>,
     pub index: Option<bool>,
+    pub keep: Option<Spanned<WrittenKeep>>,
+    pub keep_in: Option<WrittenKeepIn>,
 }
 
 /// Line of a byte offset, from 1.
@@ -256,6 +261,9 @@ pub(super) fn read(text: &str, file: &Path) -> Result<File, ConfigError> {
                 if !settings.iter().any(|known| known.name == setting.get_ref().as_ref()) {
                     found(setting.span().start, unknown_setting(name, entry.get_ref(), settings, setting.get_ref()));
                 }
+            }
+            if name.as_ref() == "cluster" {
+                keep::unknown(entry.get_ref(), written, &mut found);
             }
         }
     }

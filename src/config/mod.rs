@@ -9,11 +9,13 @@
 mod check;
 mod error;
 mod file;
+mod keep;
 mod key;
 mod locate;
 mod place;
 mod template;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
@@ -23,6 +25,7 @@ use secrecy::SecretString;
 
 pub use error::{ConfigError, Problem};
 pub use file::{CLUSTER_SETTINGS, REPOSITORY_SETTINGS, Setting};
+pub use keep::{KEEP_SETTINGS, Keep};
 pub use key::{KeyMaterial, KeyOrigin, KeySource, read_secret};
 pub use locate::{ENVIRONMENT_VARIABLE, SOUGHT, locate};
 pub use place::{Checksum, CloudPlace, LockMode, ObjectLock, Place, S3Credentials, S3Place};
@@ -69,6 +72,8 @@ pub struct ClusterConfig {
     pub fill_rate: Option<NonZeroU64>,
     /// Make the index that `pgkeep log` searches while WAL is archived.
     pub index: bool,
+    /// What retention leaves in each repository, by its name: those without a policy keep everything.
+    pub keep: BTreeMap<String, Keep>,
 }
 
 /// One `[repository.NAME]`.

@@ -37,11 +37,15 @@ fn holes_on(inventory: &ClusterInventory, branch: Branch) -> Vec<Hole> {
     while at < end {
         let Err(hole) = inventory.covers_on(branch, &path.history, at, end) else { break };
         at = hole.to.max(hole.from.advance(1)); // grows, so this ends
-        holes.push(hole);
+        // What no policy asked for is not missing.
+        if hole.reason != Some(GapReason::Expired) {
+            holes.push(hole);
+        }
     }
     // Recorded, and nothing has come behind it yet.
     let last = |to: Lsn, reason| Hole { branch, from: end, to, reason };
     let gap = inventory.gaps.iter().find(|gap| gap.branch == branch && gap.from <= end && end < gap.to);
+    let gap = gap.filter(|gap| gap.reason != GapReason::Expired);
     holes.extend(gap.map(|gap| last(after_gaps(branch, end, &inventory.gaps), Some(gap.reason))));
     // Archived as it came, and worth nothing.
     let damaged = inventory.gaps.iter().filter(|gap| gap.reason == GapReason::Damaged);

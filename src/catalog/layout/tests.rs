@@ -57,6 +57,12 @@ fn a_cluster_object() -> impl Strategy<Value = ClusterObject> {
                 ClusterObject::Gap(branch, Lsn::new(from), Lsn::new(to))
             }),
             (disputed, tag).prop_map(move |(what, tag)| ClusterObject::Conflict(branch, what, tag)),
+            a_label().prop_map(ClusterObject::ExpiryPlan),
+            a_label().prop_map(ClusterObject::ExpiryGoing),
+            a_label().prop_map(ClusterObject::Hold),
+            a_label().prop_map(ClusterObject::HoldReleased),
+            ("[a-z0-9-]{1,64}", any::<u32>(), any::<u32>())
+                .prop_map(|(name, epoch, beat)| ClusterObject::Lease(LeaseName::new(&name, epoch, beat).unwrap())),
         ]
     })
 }
