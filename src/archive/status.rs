@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::latency::{Latencies, Latency};
 use crate::types::{Branch, Lsn, PgTimestamp};
 
 /// What is known while streaming; the newest value counts.
@@ -17,6 +18,14 @@ pub struct Progress {
     pub received: Lsn,
     /// End of what is durable without a hole, in as many repositories as are needed.
     pub durable: Lsn,
+    /// End of what is durable without a hole in the best repository that counts.
+    pub durable_in_one: Lsn,
+    /// How many repositories are needed.
+    pub needed: usize,
+    /// How long ago the oldest byte that is not durable in as many came in; zero when all is.
+    pub behind: Duration,
+    /// From arrival to durable in as many as are needed, lately.
+    pub latency: Option<Latency>,
     /// The server's own end of WAL, as it said last.
     pub server_end: Lsn,
     /// When the server said so, by its clock.
@@ -92,9 +101,11 @@ pub enum ClusterStatus {
     },
 }
 
-/// When which position came in: a sample a second, and rarer ones the longer it goes on.
+/// When which position came in: a sample a second, and rarer ones the longer it goes on; and how long it took until it was
+/// durable.
 #[derive(Debug)]
 pub(super) struct Arrivals {
+    pub latencies: Latencies,
     samples: VecDeque<(Lsn, Instant)>,
     every: Duration,
 }
@@ -104,7 +115,7 @@ const SAMPLES: usize = 512;
 
 impl Default for Arrivals {
     fn default() -> Arrivals {
-        Arrivals { samples: VecDeque::new(), every: Duration::from_secs(1) }
+        Arrivals { latencies: Latencies::default(), samples: VecDeque::new(), every: Duration::from_secs(1) }
     }
 }
 
@@ -121,6 +132,7 @@ impl Arrivals {
 
     /// Everything before `position` has come in.
     pub fn at(&mut self, position: Lsn, now: Instant) {
+        self.latencies.arrived(position, now);
         if self.samples.back().is_some_and(|(last, at)| *last == position || now < *at + self.every) {
             return;
         }
