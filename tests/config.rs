@@ -53,6 +53,7 @@ name_in_repository = "old-name"
 application_name = "pgkeep (spare)"
 max_delay = "250ms"
 synchronous = true
+range_interval = "40ms"
 shutdown_deadline = "1m 30s"
 fill_rate = "50MB/s"
 index = false
@@ -63,6 +64,7 @@ keep_in = { main = { window = "90d 12h" } }"#,
     let cluster = &config.clusters[0];
     assert_eq!(cluster.max_delay, Duration::from_millis(250));
     assert_eq!(cluster.shutdown_deadline, Duration::from_secs(90));
+    assert_eq!(cluster.range_interval, Duration::from_millis(40));
     assert_eq!(cluster.fill_rate.map(u64::from), Some(50_000_000));
     assert_eq!(cluster.name_in_repository.as_str(), "old-name");
     assert!(cluster.synchronous && !cluster.index && parse(GOOD).unwrap().clusters[0].index);
@@ -128,6 +130,7 @@ fn values_out_of_range_are_answered_with_the_range() {
         ("max_delay = \"-1s\"", "10ms to 10m"),
         ("max_delay = \"soon\"", "not a duration such as"),
         ("max_delay = 5", "invalid type"),
+        ("range_interval = \"1m\"", "0s to 10s"),
         ("shutdown_deadline = \"1ms\"", "1s to 5m"),
         ("slot = \"Main-Slot\"", "a-z, 0-9 and _"),
         ("slot = \"\"", "at most 63"),

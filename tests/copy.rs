@@ -250,6 +250,7 @@ fn p6_another_history_in_the_target_stays_and_nothing_is_mixed() {
             digest_to: Some(Digest::of(&bytes)),
             server_time: None,
             server_end: None,
+            durable_to: None,
             conflict: None,
         };
         ok(target.put_range(&ok(sealer.finish(1 << 20, note))).await);

@@ -334,6 +334,7 @@ fn note(repository: &Repository, bytes: &[u8]) -> WalRangeNote {
         digest_to: Some(Digest::of(bytes)),
         server_time: None,
         server_end: None,
+        durable_to: None,
         conflict: None,
     }
 }

@@ -144,6 +144,7 @@ fn start(
     let options = ArchiveOptions {
         max_delay: Duration::from_millis(100),
         synchronous: false,
+        range_interval: Duration::ZERO,
         shutdown_deadline: Duration::from_secs(5),
         fill_rate: None,
     };

@@ -469,6 +469,7 @@ fn another_history_is_refused(stores: &mut Stores<'_>, taken: &TestS3, pg: &Test
             digest_to: Some(Digest::of(&bytes)),
             server_time: None,
             server_end: None,
+            durable_to: None,
             conflict: None,
         };
         ok(target.put_range(&ok(sealer.finish(MIB as u32, note))).await);

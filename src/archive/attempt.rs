@@ -46,6 +46,8 @@ pub struct ArchiveOptions {
     pub max_delay: Duration,
     /// Commits wait for us: write, flush and apply are all the durable position.
     pub synchronous: bool,
+    /// In synchronous mode, where every range is an object (a bucket): from one range to the next at least this long.
+    pub range_interval: Duration,
     /// How long a stopping server, or our own stop, waits for the repository.
     pub shutdown_deadline: Duration,
     /// Bytes of WAL a second with which a repository that was away is filled up at most; `None`: as fast as it goes.
@@ -74,6 +76,9 @@ pub(super) async fn attempt(
     status.send_replace(ClusterStatus::Connecting);
     let mut connected = source.connect().await?;
     let id = ClusterId { name: cluster.clone(), system: connected.system };
+    if options.synchronous && source.is_standby().await == Some(true) {
+        return Err(ArchiveError::SynchronousStandby { cluster: id, server: source.conninfo.describe() });
+    }
     let mut served = Served::new(&connected, id, source.conninfo.describe());
 
     let loads = receivers.each().iter().map(|member| async {
@@ -354,6 +359,7 @@ impl Attempt<'_> {
         tracing::info!(cluster = %id, timeline = %begin.timeline, at = %begin.at, "streaming");
         let options = StreamOptions {
             cutter: CutterOptions { max_delay: self.options.max_delay, synchronous: self.options.synchronous },
+            range_interval: self.options.range_interval,
             shutdown_deadline: self.options.shutdown_deadline,
             open_grace: OPEN_GRACE,
             fill_rate: self.options.fill_rate,

@@ -11,6 +11,8 @@ use crate::types::{Lsn, TimelineId};
 pub struct StreamOptions {
     /// When ranges of the open segment are cut.
     pub cutter: CutterOptions,
+    /// From one range of the open segment to the next, at least, where commits wait for us and every range is an object.
+    pub range_interval: Duration,
     /// How long a stopping server, or our own stop, waits for the repositories.
     pub shutdown_deadline: Duration,
     /// How long the open pieces of a segment stay when it is there as a whole.

@@ -168,6 +168,19 @@ pub enum ArchiveError {
         /// The standby's position.
         replayed: Lsn,
     },
+    /// Commits are to wait for us, and the server is a standby: nothing ever waits for who streams from one.
+    #[error(
+        "{cluster} has synchronous = true, and the server at {server} is a standby: no commit ever waits for who streams \
+         from a standby, so that nothing would be safer for it.\n\
+         hint: let conninfo lead to the primary (several hosts with target_session_attrs=read-write), or set \
+         synchronous = false"
+    )]
+    SynchronousStandby {
+        /// The cluster in the repository.
+        cluster: ClusterId,
+        /// The server.
+        server: String,
+    },
     /// Another history file is archived under this name.
     #[error(
         "{cluster}: the server's {timeline}.history is not the one that is archived: two servers became timeline \
@@ -307,6 +320,7 @@ impl ArchiveError {
             | Self::Conflict { .. }
             | Self::SegmentSize { .. }
             | Self::History { .. }
+            | Self::SynchronousStandby { .. }
             | Self::StopDeadline { .. } => false,
         }
     }

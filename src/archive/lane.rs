@@ -1,19 +1,20 @@
 //! One repository's side of a stream: what it is being given, and how that ends. What may be acknowledged is decided in
 //! [`super::lanes`].
 //!
-//! Invariant: at most one put of the open segment and [`PARTS_UNDER_WAY`] puts of complete parts are under way; what waits
-//! is shared with the other lanes.
+//! Invariant: at most [`RANGES_UNDER_WAY`] puts of the open segment (one append, where the repository appends) and
+//! [`PARTS_UNDER_WAY`] puts of complete parts are under way; what waits is shared with the other lanes.
 //! Crash and cancellation: dropping a lane drops its puts; each leaves a whole object or none, and a tail of whole frames.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::ArchiveError;
-use super::cutter::{Cut, Cutter, CutterOptions};
+use super::cutter::{Cut, Cutter, CutterOptions, Pace};
 use super::filler::Filled;
 use super::part::{Part, WholePart};
 use super::receivers::Member;
@@ -25,6 +26,8 @@ use crate::wal::receiver::{Expected, Overlap, ReceiveError, Receiver};
 
 /// Parts that are sealed and put at the same time, at most.
 pub(super) const PARTS_UNDER_WAY: usize = 4;
+/// Ranges of the open segment that are put at the same time, at most.
+const RANGES_UNDER_WAY: usize = 4;
 /// The pause before a repository that is away is tried again, at first and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 /// One that holds another history is looked at again after this.
@@ -58,13 +61,26 @@ pub(super) enum Done {
     /// A part was put.
     Part(Result<(Lsn, Lsn), ArchiveError>),
     /// Bytes of the open segment were made durable.
-    Open(Result<(Option<Box<OpenTail>>, Lsn, Lsn), ArchiveError>),
+    Open(Result<OpenDone, ArchiveError>),
     /// Notes of damage were put.
     Noted(Result<(), ArchiveError>),
     /// Another repository's notes were copied, or could not be.
     Copied,
     /// The repository has been filled, or cannot be.
     Filled(Result<Box<Filled>, ArchiveError>),
+}
+
+/// Bytes of the open segment that are durable.
+#[derive(Debug)]
+pub(super) struct OpenDone {
+    /// The tail to go on with.
+    pub tail: Option<Box<OpenTail>>,
+    /// The first byte.
+    pub from: Lsn,
+    /// The first byte after them.
+    pub to: Lsn,
+    /// How long that took.
+    pub took: Duration,
 }
 
 impl Side {
@@ -114,6 +130,23 @@ impl Side {
     }
 }
 
+/// Waits for the next task of any repository. A task that panicked is that repository's fault alone.
+pub(super) async fn next_done(sides: &mut [Side]) -> (usize, Done) {
+    std::future::poll_fn(|context| {
+        for (lane, side) in sides.iter_mut().enumerate() {
+            match side.tasks.poll_join_next(context) {
+                Poll::Ready(Some(Ok(done))) => return Poll::Ready((lane, done)),
+                Poll::Ready(Some(Err(error))) => {
+                    return Poll::Ready((lane, Done::Part(Err(ArchiveError::task(error)))));
+                }
+                Poll::Ready(None) | Poll::Pending => {}
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
 /// A lane that takes part.
 #[derive(Debug)]
 pub(super) struct Live {
@@ -128,7 +161,7 @@ pub(super) struct Live {
     /// Parts that wait for their turn.
     waiting: VecDeque<Arc<WholePart>>,
     parts_under_way: usize,
-    open_under_way: bool,
+    ranges_under_way: usize,
     tail: Option<OpenTail>,
     sweeper: Sweeper,
 }
@@ -147,6 +180,8 @@ pub(super) struct Entry {
     pub open_segments: BTreeSet<SegmentNumber>,
     /// How long open pieces stay when their segment is there as a whole.
     pub open_grace: Duration,
+    /// From one range of the open segment to the next, at least, where commits wait for us and every range is an object.
+    pub range_interval: Duration,
 }
 
 /// What the stream has of the WAL.
@@ -196,7 +231,10 @@ impl Live {
         let cut_from = entry.durable_to.max(part.from);
         let cut_digest = if cut_from <= received { part.digest_at(cut_from) } else { part.digest_from() };
         receiver.stop_at(cut_from);
-        let mut cutter = Cutter::new(options, cut_from);
+        let mut cutter = Cutter::new(options, cut_from).at_pace(match entry.uploader.appends() {
+            true => Pace::ONE,
+            false => Pace { at_once: RANGES_UNDER_WAY, interval: entry.range_interval },
+        });
         if overlap.is_compared() {
             cutter.received(received, now);
         }
@@ -208,7 +246,7 @@ impl Live {
             overlap,
             waiting: memory.recent.clone(),
             parts_under_way: 0,
-            open_under_way: false,
+            ranges_under_way: 0,
             tail: None,
             sweeper: Sweeper::new(entry.open_grace, entry.open_segments, part.from.segment(size), now),
         })
@@ -255,7 +293,8 @@ impl Live {
     }
 
     /// Starts what is due: parts, and the open segment's newest bytes.
-    pub fn start_due(&mut self, tasks: &mut JoinSet<Done>, newest: Newest<'_>, now: Instant) {
+    /// `held` is what the repository holds without a hole.
+    pub fn start_due(&mut self, tasks: &mut JoinSet<Done>, newest: Newest<'_>, held: Lsn, now: Instant) {
         while self.parts_under_way < PARTS_UNDER_WAY
             && let Some(part) = self.waiting.pop_front()
         {
@@ -263,7 +302,7 @@ impl Live {
             self.parts_under_way += 1;
             tasks.spawn(async move { Done::Part(uploader.put_part(&part).await.map(|()| part.place())) });
         }
-        if !self.overlap.is_compared() || self.open_under_way {
+        if !self.may_cut() {
             return;
         }
         let Cut::Range { from, to } = self.cutter.decide(now) else { return };
@@ -276,17 +315,27 @@ impl Live {
             digest_to,
             server_time: newest.server_time,
             server_end: newest.server_end,
+            durable_to: held,
             pieces: newest.part.slice(from, to),
         };
-        self.cutter.range_started(to);
+        self.cutter.range_started(to, now);
         self.cut_digest = digest_to;
         self.sweeper.opened(range.segment);
-        self.open_under_way = true;
+        self.ranges_under_way += 1;
         let (uploader, tail) = (self.uploader.clone(), self.tail.take());
         tasks.spawn(async move {
+            let begun = Instant::now();
             let put = uploader.put_open(tail, range).await;
-            Done::Open(put.map(|tail| (tail.map(Box::new), from, to)))
+            let done = |tail: Option<OpenTail>| OpenDone { tail: tail.map(Box::new), from, to, took: begun.elapsed() };
+            Done::Open(put.map(done))
         });
+    }
+
+    /// A tail is not begun behind a part that is still under way: nothing in it would count before that is there, and a
+    /// tail, which is long, could not say that what a kill left missing before it never counted (`durable_to`).
+    fn may_cut(&self) -> bool {
+        let parts_are_there = self.parts_under_way == 0 && self.waiting.is_empty();
+        self.overlap.is_compared() && (parts_are_there || !self.uploader.appends())
     }
 
     /// A part is durable.
@@ -297,12 +346,13 @@ impl Live {
         }
     }
 
-    /// The range that was under way is durable; `open` is the open segment.
-    pub fn range_done(&mut self, tail: Option<Box<OpenTail>>, open: SegmentNumber) {
-        self.open_under_way = false;
+    /// A range that was under way is durable; `open` is the open segment.
+    pub fn range_done(&mut self, done: OpenDone, open: SegmentNumber) {
+        self.ranges_under_way = self.ranges_under_way.saturating_sub(1);
         self.cutter.range_finished();
+        self.cutter.put_took(done.took);
         // The tail goes on only while its own segment is the open one.
-        self.tail = tail.filter(|tail| tail.segment() == open).map(|tail| *tail);
+        self.tail = done.tail.filter(|tail| tail.segment() == open).map(|tail| *tail);
     }
 
     /// Somebody waits for everything received so far.
@@ -312,7 +362,7 @@ impl Live {
 
     /// Has it everything that came in?
     pub fn is_drained(&self) -> bool {
-        self.cutter.is_drained() && !self.open_under_way && self.parts_under_way == 0 && self.waiting.is_empty()
+        self.cutter.is_drained() && self.ranges_under_way == 0 && self.parts_under_way == 0 && self.waiting.is_empty()
     }
 
     /// Starts a removal of open pieces that is due. When to look again: for removals, and for the next cut.
@@ -322,7 +372,7 @@ impl Live {
 
     /// When the next range is due.
     pub fn cut_due(&self, now: Instant) -> Option<Instant> {
-        if !self.overlap.is_compared() || self.open_under_way {
+        if !self.may_cut() {
             return None;
         }
         match self.cutter.decide(now) {
@@ -357,8 +407,17 @@ mod tests {
         let (from, to) = (Lsn::new(from * MIB), Lsn::new((from + 1) * MIB));
         let (digest_from, digest_to) = (Digest::of(b""), Digest::of(b"not looked at"));
         let (segment, server_time) = (from.segment(size), PgTimestamp::new(0));
-        let range =
-            RangeBytes { segment, from, to, digest_from, digest_to, server_time, server_end: to, pieces: Vec::new() };
+        let range = RangeBytes {
+            segment,
+            from,
+            to,
+            digest_from,
+            digest_to,
+            server_time,
+            server_end: to,
+            durable_to: from,
+            pieces: Vec::new(),
+        };
         Arc::new(WholePart::new(range, SegmentHasher::new(), false))
     }
 
@@ -382,6 +441,7 @@ mod tests {
             durable_to: Lsn::new(3 * MIB),
             open_segments: BTreeSet::new(),
             open_grace: Duration::from_secs(60),
+            range_interval: Duration::ZERO,
         };
         let options = CutterOptions { max_delay: Duration::from_secs(1), synchronous: false };
         let memory = InMemory { recent: &recent, part: &open, received: begin, size };

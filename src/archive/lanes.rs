@@ -140,6 +140,11 @@ impl Lanes {
         self.acknowledged
     }
 
+    /// What a single repository holds durably and without a hole, the best one; `None` before one has compared equal.
+    pub fn best(&self) -> Option<Lsn> {
+        self.lanes.iter().filter(|lane| lane.compared).map(|lane| lane.frontier.get()).max()
+    }
+
     /// Have as many lanes as are needed, or all live ones where these are fewer, confirmed everything before `to`?
     pub fn is_held(&self, to: Lsn) -> bool {
         self.acknowledged.is_some_and(|acknowledged| acknowledged >= to)

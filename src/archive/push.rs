@@ -354,6 +354,7 @@ impl Push<'_> {
             digest_to: Some(digest_to),
             server_time: None,
             server_end: None,
+            durable_to: None,
             conflict: None,
         };
         let sealed = blocking(move || -> Result<SealedRange, PushError> {

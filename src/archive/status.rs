@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::latency::{Latencies, Latency};
 use crate::types::{Branch, Lsn, PgTimestamp};
 
 /// What is known while streaming; the newest value counts.
@@ -19,6 +20,14 @@ pub struct Progress {
     pub received: Lsn,
     /// End of what is durable without a hole, in as many repositories as are needed.
     pub durable: Lsn,
+    /// End of what is durable without a hole in the best repository that counts.
+    pub durable_in_one: Lsn,
+    /// How many repositories are needed.
+    pub needed: usize,
+    /// How long ago the oldest byte that is not durable in as many came in; zero when all is.
+    pub behind: Duration,
+    /// From arrival to durable in as many as are needed, lately.
+    pub latency: Option<Latency>,
     /// The server's own end of WAL, as it said last.
     pub server_end: Lsn,
     /// When the server said so, by its clock.
@@ -94,9 +103,11 @@ pub enum ClusterStatus {
     },
 }
 
-/// When which position came in: a sample a second, and rarer ones the longer it goes on.
+/// When which position came in: a sample a second, and rarer ones the longer it goes on; and how long it took until it was
+/// durable.
 #[derive(Debug)]
 pub(super) struct Arrivals {
+    pub latencies: Latencies,
     samples: VecDeque<(Lsn, Instant)>,
     every: Duration,
 }
@@ -106,7 +117,7 @@ const SAMPLES: usize = 512;
 
 impl Default for Arrivals {
     fn default() -> Arrivals {
-        Arrivals { samples: VecDeque::new(), every: Duration::from_secs(1) }
+        Arrivals { latencies: Latencies::default(), samples: VecDeque::new(), every: Duration::from_secs(1) }
     }
 }
 
@@ -123,6 +134,7 @@ impl Arrivals {
 
     /// Everything before `position` has come in.
     pub fn at(&mut self, position: Lsn, now: Instant) {
+        self.latencies.arrived(position, now);
         if self.samples.back().is_some_and(|(last, at)| *last == position || now < *at + self.every) {
             return;
         }

@@ -15,7 +15,6 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -30,7 +29,7 @@ use super::fill::{Path, Position, Step};
 use super::filler::{Filled, Filler, Horizon, Letter, News, Pace};
 use super::frontier::{acknowledged, reported};
 use super::indexer::{Indexer, Streamed};
-use super::lane::{Done, Entry, InMemory, Live, Newest, PARTS_UNDER_WAY, Side};
+use super::lane::{Done, Entry, InMemory, Live, Newest, PARTS_UNDER_WAY, Side, next_done};
 use super::lanes::{Lanes, Standing};
 use super::load::Served;
 use super::part::{MAX_PART, Part, WholePart};
@@ -409,7 +408,10 @@ impl Stream {
         let (pieces, before) = part.into_pieces();
         self.index(from, end, pieces.clone());
         let (server_time, server_end) = (self.server_time, self.server_end);
-        let range = RangeBytes { segment, from, to: end, digest_from, digest_to, server_time, server_end, pieces };
+        // One object for all: what it says must not be less than any of them holds.
+        let durable_to = (0..self.sides.len()).map(|lane| self.lanes.held(lane)).max().unwrap_or(end);
+        let range =
+            RangeBytes { segment, from, to: end, digest_from, digest_to, server_time, server_end, durable_to, pieces };
         self.recent_bytes += range.len();
         let part = Arc::new(WholePart::new(range, before, self.sides.len() == 1));
         self.lanes.part_completed(from, end);
@@ -462,9 +464,9 @@ impl Stream {
     fn start_due(&mut self, now: Instant, ending: bool) {
         let (part, receiver) = (&self.part, &self.receiver);
         let newest = Newest { part, receiver, server_time: self.server_time, server_end: self.server_end };
-        for side in &mut self.sides {
+        for (lane, side) in self.sides.iter_mut().enumerate() {
             if let Some(live) = side.live.as_mut().filter(|_| side.notes_under_way == 0) {
-                live.start_due(&mut side.tasks, newest, now);
+                live.start_due(&mut side.tasks, newest, self.lanes.held(lane), now);
             }
         }
         if ending {
@@ -517,8 +519,9 @@ impl Stream {
                 self.lanes.confirmed(lane, from, to);
                 self.forget();
             }
-            (Done::Open(Ok((tail, from, to))), Some(live)) => {
-                live.range_done(tail, self.part.segment);
+            (Done::Open(Ok(done)), Some(live)) => {
+                let (from, to) = (done.from, done.to);
+                live.range_done(done, self.part.segment);
                 self.lanes.confirmed(lane, from, to);
             }
             (Done::Noted(Ok(())), _) => side.notes_under_way = side.notes_under_way.saturating_sub(1),
@@ -530,6 +533,7 @@ impl Stream {
             // Nobody fills what takes part, and nothing is put into what does not.
             (Done::Part(Ok(_)) | Done::Open(Ok(_)), None) | (Done::Filled(Ok(_)), Some(_)) | (Done::Copied, _) => {}
         }
+        self.arrivals.latencies.durable(self.durable(), now);
         self.publish(now);
         Ok(())
     }
@@ -570,6 +574,7 @@ impl Stream {
             durable_to,
             open_segments: prepared.open_segments,
             open_grace: self.options.open_grace,
+            range_interval: self.options.range_interval,
         };
         let memory =
             InMemory { recent: &self.recent, part: &self.part, received: self.receiver.position(), size: *size };
@@ -671,10 +676,9 @@ impl Stream {
             held = self.receiver.position();
         }
         let held = held.min(self.receiver.position());
-        if held <= self.begin.floor {
-            return Lsn::ZERO;
-        }
-        reported(held, self.served.size, self.options.cutter.synchronous || self.asked.is_some())
+        let reported = reported(held, self.served.size, self.options.cutter.synchronous || self.asked.is_some());
+        // At the floor itself, too: a server at rest would not count us among its synchronous standbys before that.
+        if reported < self.begin.floor { Lsn::ZERO } else { reported }
     }
 
     async fn report(&mut self, now: Instant, always: bool) -> Result<(), PgError> {
@@ -744,7 +748,7 @@ impl Stream {
     }
 
     fn publish(&self, now: Instant) {
-        let received = self.receiver.position();
+        let (received, durable) = (self.receiver.position(), self.durable());
         let repositories = self.sides.iter().enumerate().map(|(lane, side)| {
             let frontier = Some(self.lanes.held(lane)).filter(|held| *held > Lsn::ZERO);
             let reason = || side.reason.clone().unwrap_or_else(|| Arc::from("it is being opened"));
@@ -765,7 +769,11 @@ impl Stream {
             branch: self.served.branch(self.begin.timeline),
             since: self.since,
             received,
-            durable: self.durable(),
+            durable,
+            durable_in_one: self.lanes.best().unwrap_or(durable),
+            needed: self.begin.needed,
+            behind: self.arrivals.latencies.waiting(now),
+            latency: self.arrivals.latencies.lately(),
             server_end: self.server_end.max(received),
             server_time: self.server_time,
             damage: self.alarms.seen(),
@@ -779,21 +787,4 @@ impl Stream {
             changed
         });
     }
-}
-
-/// Waits for the next task of any repository. A task that panicked is that repository's fault alone.
-async fn next_done(sides: &mut [Side]) -> (usize, Done) {
-    std::future::poll_fn(|context| {
-        for (lane, side) in sides.iter_mut().enumerate() {
-            match side.tasks.poll_join_next(context) {
-                Poll::Ready(Some(Ok(done))) => return Poll::Ready((lane, done)),
-                Poll::Ready(Some(Err(error))) => {
-                    return Poll::Ready((lane, Done::Part(Err(ArchiveError::task(error)))));
-                }
-                Poll::Ready(None) | Poll::Pending => {}
-            }
-        }
-        Poll::Pending
-    })
-    .await
 }

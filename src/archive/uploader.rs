@@ -33,6 +33,8 @@ pub struct RangeBytes {
     pub server_time: PgTimestamp,
     /// The server's end of WAL at that time.
     pub server_end: Lsn,
+    /// What the repository held without a hole when they were cut; of several the best one.
+    pub durable_to: Lsn,
     /// The bytes, in order.
     pub pieces: Vec<Bytes>,
 }
@@ -107,6 +109,12 @@ impl Uploader {
         &self.repository
     }
 
+    /// The open segment's ranges are appended to one file, one after the other. A writer that may not read could not tell
+    /// the end of a tail of its own when it comes back, and makes objects.
+    pub fn appends(&self) -> bool {
+        self.repository.store().appends() && self.repository.can_read()
+    }
+
     async fn histories_first(&self) -> Result<(), ArchiveError> {
         let put_all = || async {
             for HistoryFile { branch, ancestors, text } in &self.histories.files {
@@ -153,8 +161,7 @@ impl Uploader {
     pub async fn put_open(&self, tail: Option<OpenTail>, range: RangeBytes) -> Result<Option<OpenTail>, ArchiveError> {
         self.histories_first().await?;
         let from = self.offset(range.from);
-        // A writer that may not read could not tell the end of a tail of its own when it comes back.
-        if !(self.repository.store().appends() && self.repository.can_read()) {
+        if !self.appends() {
             let sealer = self.repository.seal_open(&self.cluster, self.branch, range.segment, self.size, from).await?;
             self.seal_and_put(sealer, range).await?;
             return Ok(None);
@@ -209,6 +216,7 @@ impl Uploader {
             digest_to: Some(range.digest_to),
             server_time: Some(range.server_time),
             server_end: Some(range.server_end),
+            durable_to: Some(range.durable_to),
             conflict: None,
         }
     }

@@ -11,10 +11,11 @@ use futures_util::stream;
 
 use super::CatalogError;
 use super::inventory::{BranchInventory, ClusterInventory, DamagedObject, Place, WalPiece};
+use super::kinds::kind_of;
 use super::layout::{ClusterObject, Name, Object, SegmentName, folder};
 use super::reader::{Piece, range_of};
 use super::records::{BackupInfo, GapReason, GapRecord, Record, RecordError};
-use super::repository::{Repository, kind_of, name_of};
+use super::repository::{Repository, name_of};
 use super::retention::Tombstone;
 use super::writer::{head_of, segment_name};
 use crate::seal::SealError;

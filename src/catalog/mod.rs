@@ -18,6 +18,7 @@ mod error;
 pub mod index;
 pub mod inventory;
 mod join;
+mod kinds;
 pub mod layout;
 pub mod load;
 mod off_thread;

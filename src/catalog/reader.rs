@@ -17,9 +17,10 @@ use futures_util::stream;
 use super::CatalogError;
 use super::inventory::DamagedObject;
 use super::join::Joiner;
+use super::kinds::kind_of;
 use super::layout::{ClusterObject, KeptFile, Name, Object, RangeName, folder};
 use super::records::{self, Manifest, PackRef, PartRef, WalRangeNote};
-use super::repository::{Repository, kind_of, name_of};
+use super::repository::{Repository, name_of};
 use super::weak::own_name;
 use super::writer::segment_name;
 use crate::seal::{

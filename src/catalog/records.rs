@@ -103,6 +103,10 @@ pub struct WalRangeNote {
     /// How far the server's WAL reached at that time. `wal push` does not know it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub server_end: Option<Lsn>,
+    /// How far the repository was known to hold the branch without a hole when this was cut: what is missing behind that was
+    /// under way with it, and nobody had been told that it is durable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub durable_to: Option<Lsn>,
     /// Only in an object under `conflict/`: what it could not stand beside.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub conflict: Option<ConflictNote>,

@@ -14,7 +14,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::CatalogError;
-use super::layout::{ClusterObject, Disputed, Name, Object, PartKind, folder};
+use super::kinds::kind_of;
+use super::layout::{ClusterObject, Name, Object, folder};
 use super::off_thread::off_thread;
 use super::records::{self, Record};
 use super::weak;
@@ -139,34 +140,6 @@ pub fn random_id() -> Result<Id128, CatalogError> {
     fill_randomly(&mut bytes)
         .map_err(|_| CatalogError::Sealing { name: "an identity".to_owned(), source: SealError::NoRandomness })?;
     Ok(Id128::new(bytes))
-}
-
-/// What kind of sealed object this is.
-pub(super) fn kind_of(object: &ClusterObject) -> Kind {
-    match object {
-        ClusterObject::History(_) | ClusterObject::Conflict(_, Disputed::History, _) => Kind::History,
-        ClusterObject::Wal(..) | ClusterObject::Open(..) | ClusterObject::Conflict(_, Disputed::Range(_), _) => {
-            Kind::WalRange
-        }
-        ClusterObject::Tail(..) => Kind::WalTail,
-        ClusterObject::WalFile(..) | ClusterObject::Conflict(_, Disputed::File(_), _) => Kind::WalFile,
-        ClusterObject::Pack(_) => Kind::Pack,
-        ClusterObject::Index(..) => Kind::Index,
-        ClusterObject::Start(_)
-        | ClusterObject::Manifest(_)
-        | ClusterObject::Gap(..)
-        | ClusterObject::Relations(_)
-        | ClusterObject::ExpiryPlan(_)
-        | ClusterObject::ExpiryGoing(_)
-        | ClusterObject::Hold(_)
-        | ClusterObject::HoldReleased(_) => Kind::Record,
-        ClusterObject::Lease(_) => Kind::Lease,
-        ClusterObject::Part(part) => match part.kind {
-            PartKind::Files => Kind::FileTable,
-            PartKind::Tags => Kind::BlockTags,
-            PartKind::ServerManifest => Kind::ServerManifest,
-        },
-    }
 }
 
 /// Whether its frames are data, which only who holds an identity may read, or what an archiver reads back.

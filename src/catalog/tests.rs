@@ -112,6 +112,7 @@ fn note_from(repo: &Repository, history: &[u8], from: u32) -> WalRangeNote {
         digest_to: None,
         server_time: None,
         server_end: None,
+        durable_to: None,
         conflict: None,
     }
 }

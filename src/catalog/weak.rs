@@ -25,10 +25,11 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 
 use super::CatalogError;
+use super::kinds::kind_of;
 use super::layout::{ClusterObject, CopyToken, Name, Object};
 use super::reader::Piece;
 use super::records::{self, Record};
-use super::repository::{Opened, Repository, RepositoryFormat, kind_of};
+use super::repository::{Opened, Repository, RepositoryFormat};
 use super::writer::{Found, Identity, SealedObject};
 use crate::seal::{Header, Kind};
 use crate::store::{Body, Created, Key, ListRequest, ObjectMeta, Op, Store, StoreError, pages};

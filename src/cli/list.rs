@@ -1,14 +1,16 @@
 //! `pgkeep list`: clusters, base backups, WAL per timeline, and the newest instant that can be restored.
 //!
-//! Reads the repository's inventory and, for the time of the newest commit, the last few segments. Changes nothing and
-//! needs no server. The `--json` document grows; its names stay.
+//! Reads the repository's inventory and, for the time of the newest commit, the last few segments; asks the servers of the
+//! configured clusters how far they are ([`super::ladder`]), and does without one that does not answer. Changes nothing. The `--json` document grows; its names stay.
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use futures_util::future::join_all;
 use jiff::Timestamp;
 use serde::Serialize;
 
 use super::hold::in_force;
+use super::ladder::{Ladder, ask, ladder};
 use super::output::{self, Align, Table};
 use super::several::{Away, open_all};
 use super::standing::{Standing, lags, missing};
@@ -52,8 +54,15 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
             (from.repositories, cluster.and(from.cluster))
         }
     };
+    // The servers first: what the repositories hold afterwards was at least as much then.
+    let asks = config.clusters.iter().filter(|of| {
+        context.repository_name().is_none() && !args.gaps && {
+            cluster.as_ref().is_none_or(|name| of.name_in_repository == *name)
+        }
+    });
+    let asked = join_all(asks.map(async |of| (of, ask(of).await))).await;
     let several = open_all(&places).await?;
-    let mut document = Document { clusters: Vec::new(), away: several.away };
+    let mut document = Document { clusters: Vec::new(), safe: Vec::new(), away: several.away };
     let (alone, mut standings) = (places.len() == 1, Vec::new());
     for (repository, _) in several.open {
         // One that fails now does not hide what the others hold.
@@ -72,6 +81,16 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
         }
     }
     compare(&mut document.clusters, &standings);
+    for (of, side) in asked {
+        let is_named = |line: &&Cluster| line.cluster == of.name_in_repository.to_string();
+        // Two systems under one name are two clusters: the newest is meant, as everywhere.
+        let system = document.clusters.iter().rfind(is_named).map(|line| line.system);
+        let is_its = |(line, standing): &(&Cluster, &Standing)| {
+            is_named(line) && Some(line.system) == system && of.repositories.contains(&standing.repository)
+        };
+        let held: Vec<&Standing> = document.clusters.iter().zip(&standings).filter(is_its).map(|(_, of)| of).collect();
+        document.safe.push(ladder(of, side, &held));
+    }
     context.output.document(&document);
     for (number, cluster) in document.clusters.iter().enumerate() {
         if number > 0 {
@@ -82,6 +101,10 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
         } else {
             show(context, cluster);
         }
+    }
+    for ladder in document.safe.iter().filter(|_| !document.clusters.is_empty()) {
+        context.output.line("");
+        ladder.lines().into_iter().for_each(|line| context.output.line(line));
     }
     for away in &document.away {
         context.output.line(format!("Repository {} is left out: {}", away.repository, away.why));
@@ -141,6 +164,8 @@ fn compare(clusters: &mut [Cluster], standings: &[Standing]) {
 #[derive(Debug, Serialize)]
 struct Document {
     clusters: Vec<Cluster>,
+    /// Of each configured cluster: how far its server is, and how much of that is safe.
+    safe: Vec<Ladder>,
     /// Repositories that do not answer.
     away: Vec<Away>,
 }

@@ -10,6 +10,7 @@ mod bucket;
 mod context;
 mod error;
 pub mod exit;
+mod ladder;
 mod lease;
 mod logging;
 mod mend;

@@ -53,6 +53,7 @@ pub fn archive_error(error: ArchiveError) -> CliError {
         ArchiveError::Repository(error) => repository_error(error),
         ArchiveError::Open(error) if error.is_refusal => CliError::refused(error),
         error if error.protects_data() => CliError::refused(error),
+        error @ ArchiveError::SynchronousStandby { .. } => CliError::usage(error),
         error => CliError::failed(error),
     }
 }
@@ -176,6 +177,7 @@ pub fn archive_options(config: &ClusterConfig) -> ArchiveOptions {
     ArchiveOptions {
         max_delay: config.max_delay,
         synchronous: config.synchronous,
+        range_interval: config.range_interval,
         shutdown_deadline: config.shutdown_deadline,
         fill_rate: config.fill_rate,
     }

@@ -11,6 +11,7 @@ use super::{CliError, Context, Exit, bucket, open, stop_on_signal};
 use crate::archive::ClusterStatus;
 use crate::daemon;
 use crate::daemon::expire::expire_daily;
+use crate::daemon::ladder::ladder;
 use crate::daemon::mend::mend;
 
 /// `pgkeep run`: the daemon. Archives the WAL of all clusters until a signal.
@@ -28,19 +29,21 @@ pub struct Args {}
 pub async fn run(context: &Context, _args: Args) -> Result<Exit, CliError> {
     let config = context.config()?;
     let stop = stop_on_signal()?;
-    let (mut jobs, mut menders, mut expirers) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut jobs, mut menders, mut watched, mut expirers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let clusters = config.clusters(context.cluster_name())?;
     let _cleaning = bucket::clean_stale_uploads(bucket::repositories_of(&config, clusters.iter().copied()));
     for cluster in clusters {
         let (job, status) = (open::job(&config, cluster).await?, watch::Sender::new(ClusterStatus::default()));
+        watched.push((cluster.name_in_repository.clone(), status.subscribe()));
         menders.push((Backups::new(context, &config, cluster, job.source.clone()), status.subscribe()));
         expirers.extend((!cluster.keep.is_empty()).then(|| Expiring { config: &config, cluster }));
         jobs.push((job, status));
     }
     let mending = menders.iter().map(|(backups, status)| mend(backups, status.clone(), stop.clone()));
+    let telling = watched.iter().map(|(cluster, status)| ladder(cluster, status.clone(), stop.clone()));
     let expiring = expirers.iter().map(|expirer| expire_daily(expirer, stop.clone()));
     let mending = async {
-        futures_util::future::join(join_all(mending), join_all(expiring)).await;
+        tokio::join!(join_all(mending), join_all(telling), join_all(expiring));
         std::future::pending::<()>().await;
     };
     let ended = tokio::select! {

@@ -16,6 +16,8 @@ use crate::types::ClusterName;
 
 /// What `max_delay` may be.
 const MAX_DELAY: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(600));
+/// What `range_interval` may be.
+const RANGE_INTERVAL: (Duration, Duration) = (Duration::ZERO, Duration::from_secs(10));
 /// What `shutdown_deadline` may be.
 const SHUTDOWN_DEADLINE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
 /// The least that `fill_rate` may be, in bytes a second.
@@ -145,6 +147,8 @@ impl Checker<'_> {
             |text| text.bytes().all(|b| (b' '..=b'~').contains(&b)),
         );
         let max_delay = self.duration("max_delay", written.max_delay, Duration::from_secs(1), MAX_DELAY);
+        let range_interval =
+            self.duration("range_interval", written.range_interval, Duration::from_millis(25), RANGE_INTERVAL);
         let shutdown_deadline =
             self.duration("shutdown_deadline", written.shutdown_deadline, Duration::from_secs(10), SHUTDOWN_DEADLINE);
         let fill_rate = self.rate("fill_rate", written.fill_rate);
@@ -160,6 +164,7 @@ impl Checker<'_> {
             application_name: application_name?,
             max_delay: max_delay?,
             synchronous: written.synchronous.unwrap_or(false),
+            range_interval: range_interval?,
             shutdown_deadline: shutdown_deadline?,
             fill_rate: fill_rate?,
             index: written.index.unwrap_or(true),

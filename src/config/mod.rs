@@ -65,6 +65,9 @@ pub struct ClusterConfig {
     pub max_delay: Duration,
     /// Report write, flush and apply as the durable position, and put WAL at once.
     pub synchronous: bool,
+    /// In synchronous mode, where every range is an object (a bucket): the least time from one range to the next, and so
+    /// how many puts a second there can be.
+    pub range_interval: Duration,
     /// How long a stopping PostgreSQL, or our own exit, may wait for the repository.
     pub shutdown_deadline: Duration,
     /// A repository that was away is filled up from another with at most so many bytes of WAL a second; `None`: as fast as

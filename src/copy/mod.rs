@@ -386,6 +386,7 @@ impl Work<'_> {
             digest_to: None,
             server_time: None,
             server_end: None,
+            durable_to: None,
             conflict: None,
         });
         let at = (branch, segment, size);

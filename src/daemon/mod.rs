@@ -5,6 +5,7 @@
 //! Stop: every task makes what it received durable and reports it (`shutdown_deadline`), and is awaited.
 
 pub mod expire;
+pub mod ladder;
 pub mod mend;
 
 use std::collections::HashMap;

@@ -42,7 +42,7 @@ pub use outcome::{Fetch, HistoryFile, NoKind, PathPart, PlanError, Proof, Reacha
 pub use search::{EndOfWal, Located, Reading, Seen, StopAt, TransactionEnd};
 pub use target::{Point, Reading as TargetReading, Target, TargetError};
 
-use crate::catalog::inventory::{ClusterInventory, Stretch, WalPiece};
+use crate::catalog::inventory::{ClusterInventory, Hole, Stretch, WalPiece};
 use crate::catalog::records::{BackupInfo, ServerParameters};
 use crate::types::{BackupLabel, Branch, Lsn, PgTimestamp, SegmentSize, TimelineId};
 use crate::wal::Parameters;
@@ -293,7 +293,7 @@ impl<'a> Planning<'a> {
         if self.target.point == Point::Latest {
             let why = match (&end.damage, self.chain.limit) {
                 (Some(damage), _) => Some(damage.clone()),
-                (None, Limit::Hole(hole)) => Some(hole.to_string()),
+                (None, Limit::Hole(hole)) => (!self.was_under_way(&hole)).then(|| hole.to_string()),
                 (None, limit @ Limit::Fork { .. }) if self.names_timeline() => Some(limit.to_string()),
                 (None, Limit::Fork { .. } | Limit::End) => None,
             };
@@ -323,6 +323,16 @@ impl<'a> Planning<'a> {
             return Some(PlanError::new(NoKind::AmbiguousTimeline, reason));
         }
         None
+    }
+
+    /// What lies behind the hole says that nothing of it had been confirmed when it was cut: the archiver was killed with
+    /// several puts under way, and the WAL ends where the first of them did not arrive.
+    fn was_under_way(&self, hole: &Hole) -> bool {
+        let note = self.inventory.branches.get(&hole.branch).and_then(|branch| branch.note_of_newest.as_ref());
+        // Of a tail only its beginning tells, which may be long ago.
+        let note = note.filter(|note| note.digest_to.is_some() && hole.reason.is_none());
+        self.chain.path.tip == hole.branch
+            && note.and_then(|note| note.durable_to).is_some_and(|held| held <= hole.from)
     }
 
     fn names_timeline(&self) -> bool {

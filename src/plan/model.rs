@@ -104,6 +104,7 @@ pub(super) fn note(time: Option<PgTimestamp>, end: Option<Lsn>) -> WalRangeNote 
         digest_to: None,
         server_time: time,
         server_end: end,
+        durable_to: None,
         conflict: None,
     }
 }

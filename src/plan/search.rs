@@ -214,6 +214,8 @@ impl Search {
         if !held || self.absent_from.is_some_and(|absent| seen.start >= absent) {
             return Reading::Enough;
         }
+        // A switch goes to the end of its segment, but what follows its record is zeros, and need not be there.
+        let needed_to = seen.end.min(self.held_to);
         let end = transaction_end(&seen);
         self.newest(&seen, end.as_ref());
         self.locate(&seen, end.as_ref());
@@ -221,7 +223,7 @@ impl Search {
             return self.beyond(&seen, end.as_ref());
         }
         if self.stops_before(&seen, end.as_ref()) {
-            let at = StopAt { record: seen.start, inclusive: false, needed_to: seen.end };
+            let at = StopAt { record: seen.start, inclusive: false, needed_to };
             self.stop = Some(if seen.start < self.base_stop { Stop::Early { at: seen.start } } else { Stop::At(at) });
             return self.beyond(&seen, end.as_ref());
         }
@@ -234,10 +236,10 @@ impl Search {
             return Reading::Enough;
         }
         if self.stops_after(&seen, end.as_ref()) {
-            let at = StopAt { record: seen.start, inclusive: true, needed_to: seen.end };
+            let at = StopAt { record: seen.start, inclusive: true, needed_to };
             self.stop = Some(match self.point {
                 _ if seen.end < self.base_stop => Stop::Early { at: seen.start },
-                Point::Immediate => Stop::Immediate { needed_to: seen.end },
+                Point::Immediate => Stop::Immediate { needed_to },
                 _ => Stop::At(at),
             });
         }
@@ -262,7 +264,7 @@ impl Search {
         let Some((start, last_end)) = last.filter(|(_, end)| *end >= self.base_stop) else {
             return if self.absent_from.is_some() { Finding::NotHere } else { Finding::Incomplete };
         };
-        let all = Finding::Stop(StopAt { record: start, inclusive: true, needed_to: last_end });
+        let all = Finding::Stop(StopAt { record: start, inclusive: true, needed_to: last_end.min(self.held_to) });
         match &self.point {
             Point::Latest => all,
             Point::Time(_) if self.too_new_by_our_clock() => Finding::BeforeConsistent { at: self.base_start },

@@ -2,10 +2,10 @@
 
 use jiff::tz::TimeZone;
 
-use super::model::{at_second, backup, empty_inventory, history, note, pieces};
+use super::model::{at_second, backup, empty_inventory, history, note, pieces, size};
 use super::*;
 use crate::catalog::inventory::BranchInventory;
-use crate::catalog::records::{GapReason, GapRecord};
+use crate::catalog::records::{GapReason, GapRecord, WalRangeNote};
 use crate::types::{Id128, TimelineId};
 use crate::wal::{Fact, WalLevel};
 
@@ -351,6 +351,30 @@ fn p2_planned_is_restorable_never_across_a_gap() {
     let error = simply(&inventory, &records, Point::Latest, false).unwrap_err();
     assert_eq!(error.kind, NoKind::MissingWal);
     assert_eq!(stop(&simply(&inventory, &records, at(125), false).unwrap()), (0x2C0, false));
+}
+
+/// A hole of which what lies behind says that it had not been confirmed: the archiver was killed with several puts under way.
+#[test]
+fn p2_latest_ends_where_a_put_that_was_under_way_did_not_arrive() {
+    let (mut inventory, mut records) = quiet();
+    records.extend([commit(2 * MIB, 30, 200), commit(2 * MIB + 0x40, 31, 210)]);
+    let line = inventory.branches.get_mut(&branch("00000001")).unwrap();
+    line.pieces.extend(pieces(Lsn::new(3 * MIB), Lsn::new(3 * MIB + 0x80)));
+    let hole = line.runs(size())[0].to;
+    let ask = |inventory: &ClusterInventory| simply(inventory, &records[..8], Point::Latest, false);
+    let mut says = |held: Option<Lsn>, is_range: bool| {
+        let line = inventory.branches.get_mut(&branch("00000001")).unwrap();
+        let digest_to = is_range.then(|| crate::types::Digest::of(b""));
+        line.note_of_newest = Some(WalRangeNote { durable_to: held, digest_to, ..note(None, None) });
+        ask(&inventory)
+    };
+    let plan = says(Some(hole), true).unwrap();
+    assert_eq!(stop(&plan).0, 0x300, "the last whole record before the hole");
+    assert!(says(Some(Lsn::new(MIB)), true).is_ok(), "confirmed was even less");
+    let lost = says(Some(hole.advance(1)), true).unwrap_err();
+    assert_eq!(lost.kind, NoKind::MissingWal, "it had been there, and is lost");
+    assert_eq!(says(Some(hole), false).unwrap_err().kind, NoKind::MissingWal, "a tail began long ago");
+    assert_eq!(says(None, true).unwrap_err().kind, NoKind::MissingWal, "an older pgkeep does not say");
 }
 
 #[test]

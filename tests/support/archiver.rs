@@ -138,6 +138,7 @@ pub fn options() -> ArchiveOptions {
     ArchiveOptions {
         max_delay: Duration::from_millis(200),
         synchronous: false,
+        range_interval: Duration::ZERO,
         shutdown_deadline: Duration::from_secs(5),
         fill_rate: None,
     }

@@ -72,6 +72,7 @@ impl Archiver {
         let options = ArchiveOptions {
             max_delay: Duration::from_millis(100),
             synchronous: false,
+            range_interval: Duration::ZERO,
             shutdown_deadline: Duration::from_secs(10),
             fill_rate: None,
         };

@@ -10,11 +10,12 @@ use futures_util::stream::{self, StreamExt};
 
 use crate::catalog::CatalogError;
 use crate::catalog::inventory::DamagedObject;
+use crate::catalog::kinds::kind_of;
 use crate::catalog::layout::{ClusterObject, CopyToken, Name};
 use crate::catalog::load::is_unreadable;
 use crate::catalog::reader::ObjectReader;
 use crate::catalog::records::{self, BackupStart, CopiedNote, Manifest, PackRef, PartRef};
-use crate::catalog::repository::{Repository, kind_of, name_of};
+use crate::catalog::repository::{Repository, name_of};
 use crate::catalog::weak::own_name;
 use crate::catalog::writer::{ObjectWriter, SealedObject};
 use crate::seal::{Header, Kind};

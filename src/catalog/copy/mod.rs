@@ -14,10 +14,11 @@ mod open;
 mod parts;
 
 use super::CatalogError;
+use super::kinds::kind_of;
 use super::layout::{ClusterObject, KeptFile, Name, RangeName};
 use super::reader::{Piece, SegmentPieces, group, range_of};
 use super::records::{self, FileNote, GapRecord, WalRangeNote};
-use super::repository::{Repository, kind_of, name_of};
+use super::repository::{Repository, name_of};
 use super::writer::{Identity, MAX_RANGE, Put, SealedObject, SealedRange};
 use crate::seal::Kind;
 use crate::store::StoreError;

@@ -68,6 +68,7 @@ impl Repository {
                 segment_size: size,
                 server_time: like.server_time.filter(|_| known.is_some()),
                 server_end: known,
+                durable_to: None, // that of another repository
                 conflict: None,
                 ..like.clone()
             };

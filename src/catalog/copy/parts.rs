@@ -103,6 +103,7 @@ impl Repository {
                 digest_to: Some(hasher.digest()),
                 server_time: None,
                 server_end: None,
+                durable_to: None,
                 conflict: None,
             };
             let part = part.to_vec();

@@ -20,9 +20,10 @@ pub use codec::{Entries, Entry, IndexError, IndexFile, IndexWriter, Pattern};
 pub use search::{Found, Logged, Passed, Query};
 
 use super::CatalogError;
+use super::kinds::kind_of;
 use super::layout::{ClusterObject, CopyToken, Name, Object, folder};
 use super::records::{self, Record};
-use super::repository::{Repository, kind_of, name_of, random_id};
+use super::repository::{Repository, name_of, random_id};
 use crate::store::list_all;
 use crate::types::{Branch, ClusterId, Lsn, PgTimestamp, SegmentSize};
 

@@ -6,9 +6,9 @@ use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::*;
+use crate::catalog::kinds::kind_of;
 use crate::catalog::layout::{KeptFile, Name, Object, PackName};
 use crate::catalog::records::{FileNote, PackRef, from_json};
-use crate::catalog::repository::kind_of;
 use crate::store::faulty::{FaultPlan, Faulty};
 use crate::store::{Created, ListRequest, Listing, ObjectMeta, StoreError, Tail};
 use crate::types::{BackupLabel, TimelineHistory};

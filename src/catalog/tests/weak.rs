@@ -11,9 +11,9 @@ use bytes::Bytes;
 
 use super::inventory::{gap, lsn, put_gap};
 use super::*;
+use crate::catalog::kinds::kind_of;
 use crate::catalog::layout::{KeptFile, Name, Object, PackName, PartKind, PartName};
 use crate::catalog::records::{BackupStart, PackRef, PartRef};
-use crate::catalog::repository::kind_of;
 use crate::catalog::writer::Conflict;
 use crate::store::faulty::{FaultPlan, Faulty, Random};
 use crate::store::memory::MemoryOptions;

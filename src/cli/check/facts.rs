@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 
-use super::judge::{self, Archive, Item, Ours, Server, Slot, Sql};
+use super::judge::{self, Archive, Counted, Item, Ours, Server, Slot, Sql};
 use crate::archive::{Source, served_path};
 use crate::catalog::inventory::Hole;
 use crate::catalog::{CatalogError, Repository};
@@ -14,7 +14,7 @@ use crate::cli::advice::{Tried, advise};
 use crate::cli::standing::{Standing, missing};
 use crate::cli::{CliError, bucket, open};
 use crate::config::ClusterConfig;
-use crate::pg::{ConnectOptions, PgError, Replication, Session, quote_literal};
+use crate::pg::{ConnectOptions, PgError, Replication, Row, Session, quote_literal};
 use crate::store::s3::S3Store;
 use crate::store::{Key, StoreError};
 use crate::types::{ClusterId, ClusterName, Lsn};
@@ -138,7 +138,7 @@ pub(super) async fn server(config: &ClusterConfig, items: &mut Vec<Item>) -> Opt
             return None;
         }
     };
-    match by_sql(&source).await {
+    match by_sql(&source, &ours.application_name).await {
         Ok((sql, settings)) => {
             items.push(Item::ok("SQL", format!("database {}", source.conninfo.database())));
             server.sql = Some(sql);
@@ -187,7 +187,7 @@ async fn by_walsender(source: &Source) -> Result<Server, PgError> {
     })
 }
 
-async fn by_sql(source: &Source) -> Result<(Sql, BTreeMap<String, String>), PgError> {
+async fn by_sql(source: &Source, us: &str) -> Result<(Sql, BTreeMap<String, String>), PgError> {
     let mut session = Session::connect(&source.conninfo, &source.connect).await?;
     let before = Timestamp::now();
     let clock = session.query("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::int8").await?;
@@ -219,8 +219,26 @@ async fn by_sql(source: &Source) -> Result<(Sql, BTreeMap<String, String>), PgEr
         safe_wal_size: row.get(3).and_then(|size| size.parse().ok()),
         active: row.get(4).and_then(|pid| pid.parse().ok()).map(|pid| (pid, row.get(5).map(str::to_owned))),
     });
+    // Ours may stream without a slot that we know of; of several the best counts.
+    let rows = session
+        .query(&format!(
+            "SELECT state, sync_state FROM pg_catalog.pg_stat_replication WHERE lower(application_name) = lower({}) \
+             AND (state IS NULL OR state IN ('streaming', 'catchup')) ORDER BY sync_state IN ('sync', 'quorum') DESC NULLS LAST, sync_state = 'potential' DESC NULLS LAST LIMIT 1",
+            quote_literal(us)
+        ))
+        .await?;
+    let text = |row: &Row, column| row.get(column).map(str::to_owned);
+    let counted = rows.first().map(|row| Counted { state: text(row, 0), sync_state: text(row, 1) });
+    let rows = session
+        .query(
+            "SELECT pg_catalog.pg_is_in_recovery(), (SELECT count(*) FROM pg_catalog.pg_db_role_setting s \
+             WHERE s.setconfig && ARRAY['synchronous_commit=off', 'synchronous_commit=local'])",
+        )
+        .await?;
+    let standby = rows.first().is_some_and(|row| row.get(0) == Some("t"));
+    let not_waiting = rows.first().and_then(|row| row.get(1)?.parse().ok()).unwrap_or(0);
     session.close().await;
-    Ok((Sql { clock_ahead, senders_used, slot }, settings))
+    Ok((Sql { clock_ahead, senders_used, slot, standby, counted, not_waiting }, settings))
 }
 
 /// What the repository holds of the cluster; of the server's own system identifier and history, if the server is known.

@@ -105,6 +105,19 @@ pub(super) struct Sql {
     /// Walsenders in use, without the one that counts them.
     pub senders_used: i64,
     pub slot: Option<Slot>,
+    /// It is a standby.
+    pub standby: bool,
+    /// How the server counts us among its standbys; `None`: nobody of our name streams.
+    pub counted: Option<Counted>,
+    /// Roles and databases that set `synchronous_commit` to `off` or `local` for themselves.
+    pub not_waiting: i64,
+}
+
+/// A row of `pg_stat_replication`; `None` in it: this role may not see that.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Counted {
+    pub state: Option<String>,
+    pub sync_state: Option<String>,
 }
 
 /// A row of `pg_replication_slots`.
@@ -138,7 +151,7 @@ pub(super) struct Archive {
 }
 
 impl Server {
-    fn setting(&self, name: &str) -> Option<&str> {
+    pub(super) fn setting(&self, name: &str) -> Option<&str> {
         self.settings.get(name).map(String::as_str)
     }
 
@@ -183,7 +196,7 @@ pub(super) fn server(server: &Server, ours: &Ours) -> Vec<Item> {
     items.extend(senders(server, ours));
     items.push(slot(server, ours));
     items.extend(full_page_writes(server));
-    items.push(synchronous(server, ours));
+    items.push(super::synchronous::judge(server, ours));
     items.extend(server.sql.as_ref().map(|sql| clock("clock of server", "the server's clock", sql.clock_ahead)));
     items
 }
@@ -305,82 +318,6 @@ fn full_page_writes(server: &Server) -> Option<Item> {
         ),
         value => Item::ok("full_page_writes", value),
     })
-}
-
-/// How `synchronous_standby_names` means us.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Named {
-    No,
-    Star,
-    ByName,
-}
-
-/// Reads `a, "b c"`, `2 (a, b)`, `FIRST 2 (a, b)`, `ANY 2 (a, *)`. Names are compared as the server does: without case.
-fn named(setting: &str, application_name: &str) -> Named {
-    let list = match (setting.find('('), setting.rfind(')')) {
-        (Some(from), Some(to)) if from < to => setting.get(from + 1..to).unwrap_or_default(),
-        _ => setting,
-    };
-    let mut found = Named::No;
-    let mut name = String::new();
-    let mut quoted = false; // inside quotes
-    let mut was_quoted = false;
-    for letter in list.chars().chain([',']) {
-        match letter {
-            '"' => (quoted, was_quoted) = (!quoted, true),
-            ',' if !quoted => {
-                let one = if was_quoted { name.as_str() } else { name.trim() };
-                if one == "*" && !was_quoted {
-                    found = if found == Named::No { Named::Star } else { found };
-                } else if !one.is_empty() && one.eq_ignore_ascii_case(application_name) {
-                    found = Named::ByName;
-                }
-                (name, was_quoted) = (String::new(), false);
-            }
-            letter if quoted || !letter.is_whitespace() => name.push(letter),
-            _ => {}
-        }
-    }
-    found
-}
-
-fn synchronous(server: &Server, ours: &Ours) -> Item {
-    const ITEM: &str = "synchronous";
-    let names = server.setting("synchronous_standby_names").unwrap_or_default();
-    let level = server.setting("synchronous_commit").unwrap_or("on");
-    let us = &ours.application_name;
-    match (ours.synchronous, named(names, us)) {
-        (false, Named::No) => Item::ok(ITEM, "commits do not wait for pgkeep"),
-        (false, how) => {
-            let how = match how {
-                Named::Star => "the `*` in synchronous_standby_names means pgkeep too".to_owned(),
-                _ => format!("synchronous_standby_names names {us}"),
-            };
-            Item::not_ok(
-                ITEM,
-                format!(
-                    "{how}, and this cluster has synchronous = false: commits may wait for the archive's max_delay"
-                ),
-                "set synchronous = true if that is meant; else name the standbys in synchronous_standby_names, without `*`",
-            )
-        }
-        (true, Named::No) => Item::warn(
-            ITEM,
-            "synchronous = true, but synchronous_standby_names does not name us: no commit waits",
-            format!("ALTER SYSTEM SET synchronous_standby_names = '\"{us}\"'; SELECT pg_reload_conf();"),
-        ),
-        (true, _) if matches!(level, "off" | "local") => Item::warn(
-            ITEM,
-            format!(
-                "synchronous = true, but synchronous_commit is {level}: no commit waits unless its session says so"
-            ),
-            "ALTER SYSTEM SET synchronous_commit = on; SELECT pg_reload_conf();",
-        ),
-        (true, _) if level == "remote_apply" => {
-            Item::ok(ITEM, "commits wait until they are archived (remote_apply: pgkeep reports durable as applied)")
-        }
-        (true, _) => Item::ok(ITEM, format!("commits wait until they are archived (synchronous_commit = {level})")),
-    }
 }
 
 /// How many of a cluster's repositories answer, against how many must hold WAL before it is acknowledged.
@@ -506,12 +443,12 @@ fn backup(archive: &Archive, now: Timestamp) -> Item {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     const GIB: u64 = 1 << 30;
 
-    fn ours() -> Ours {
+    pub(in crate::cli::check) fn ours() -> Ours {
         Ours { application_name: "pgkeep".to_owned(), slot: "pgkeep".to_owned(), synchronous: false }
     }
 
@@ -525,7 +462,7 @@ mod tests {
         }
     }
 
-    fn good() -> Server {
+    pub(in crate::cli::check) fn good() -> Server {
         let settings = [
             ("wal_level", "replica"),
             ("max_wal_senders", "10"),
@@ -539,7 +476,14 @@ mod tests {
             flushed: Lsn::new(5 * GIB + 100),
             segment_size: SegmentSize::new(16 << 20).unwrap(),
             settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
-            sql: Some(Sql { clock_ahead: SignedDuration::ZERO, senders_used: 1, slot: Some(good_slot()) }),
+            sql: Some(Sql {
+                clock_ahead: SignedDuration::ZERO,
+                senders_used: 1,
+                slot: Some(good_slot()),
+                standby: false,
+                counted: Some(Counted { state: Some("streaming".to_owned()), sync_state: Some("async".to_owned()) }),
+                not_waiting: 0,
+            }),
             slot_by_walsender: None,
         }
     }
@@ -607,46 +551,6 @@ mod tests {
         assert_eq!(state_of(&blind(Some(None)), "slot"), State::NotOk);
         assert_eq!(state_of(&blind(None), "slot"), State::Warn);
         assert_eq!(state_of(&blind(None), "max_wal_senders"), State::Ok);
-    }
-
-    #[test]
-    fn standby_names_are_read_as_the_server_reads_them() {
-        let cases = [
-            ("", Named::No),
-            ("*", Named::Star),
-            ("a, *", Named::Star),
-            ("*, PgKeep", Named::ByName),
-            ("\"pgkeep\"", Named::ByName),
-            ("FIRST 2 (a, pgkeep)", Named::ByName),
-            ("ANY 1 (*)", Named::Star),
-            ("1 (a, b)", Named::No),
-            ("\"*\"", Named::No),        // a name, not the star
-            ("\"a,pgkeep\"", Named::No), // one name
-            ("pgkeep2, my_pgkeep", Named::No),
-        ];
-        for (setting, want) in cases {
-            assert_eq!(named(setting, "pgkeep"), want, "{setting}");
-        }
-    }
-
-    #[test]
-    fn pitfall_03_a_star_that_makes_us_synchronous_by_accident_is_seen() {
-        assert_eq!(state_of(&set("synchronous_standby_names", "*"), "synchronous"), State::NotOk);
-        assert_eq!(state_of(&set("synchronous_standby_names", "ANY 1 (s1, PGKEEP)"), "synchronous"), State::NotOk);
-    }
-
-    #[test]
-    fn pitfall_04_remote_apply_is_answered_where_commits_are_meant_to_wait() {
-        let judge = |names: &str, level: &str| {
-            let mut facts = good();
-            facts.settings.insert("synchronous_standby_names".to_owned(), names.to_owned());
-            facts.settings.insert("synchronous_commit".to_owned(), level.to_owned());
-            synchronous(&facts, &Ours { synchronous: true, ..ours() })
-        };
-        assert_eq!(judge("pgkeep", "remote_apply").state, State::Ok);
-        assert!(judge("pgkeep", "remote_apply").found.contains("applied"));
-        assert_eq!(judge("pgkeep", "local").state, State::Warn, "nobody waits");
-        assert_eq!(judge("other", "on").state, State::Warn, "nobody waits for us");
     }
 
     fn up_to(lsn: u64) -> Option<Standing> {

@@ -6,6 +6,7 @@
 
 mod facts;
 mod judge;
+mod synchronous;
 
 use std::collections::BTreeSet;
 use std::path::Path;

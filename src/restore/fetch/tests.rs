@@ -56,6 +56,7 @@ pub(super) async fn put(repository: &Repository, timeline: TimelineId, number: u
         digest_to: Some(Digest::of(bytes)),
         server_time: None,
         server_end: None,
+        durable_to: None,
         conflict: None,
     };
     repository.put_range(&sealer.finish(len, note).unwrap()).await.unwrap();

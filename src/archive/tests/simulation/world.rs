@@ -200,6 +200,7 @@ impl World {
         let options = ArchiveOptions {
             max_delay: Duration::from_millis(20 + random.below(2_000)),
             synchronous,
+            range_interval: Duration::from_millis(25 * random.below(3)),
             shutdown_deadline: Duration::from_secs(1 + random.below(10)),
             fill_rate: None,
         };
