@@ -132,10 +132,13 @@ impl Stage {
     }
 }
 
+/// Why the archiver waited, in order.
+type Reasons = Arc<Mutex<Vec<String>>>;
+
 fn start(
     server: &Walsender,
     repository: &Repository,
-) -> (CancellationToken, JoinHandle<Result<(), ArchiveError>>, Arc<Mutex<Vec<String>>>) {
+) -> (CancellationToken, JoinHandle<Result<(), ArchiveError>>, Reasons) {
     let source = Source {
         conninfo: ConnInfo::resolve("host=/scripted user=pgkeep", &Environment::new([], None, None)).unwrap(),
         connect: ConnectOptions { timeout: TIMEOUT, dial: Some(Arc::new(server.clone())), ..ConnectOptions::default() },

@@ -13,6 +13,11 @@ pub(super) enum Bug {
 }
 
 #[cfg(not(test))]
+pub(super) use real::*;
+#[cfg(test)]
+pub(super) use simulated::*;
+
+#[cfg(not(test))]
 mod real {
     use super::Bug;
 
@@ -66,8 +71,3 @@ mod simulated {
         HELD.get()
     }
 }
-
-#[cfg(not(test))]
-pub(super) use real::*;
-#[cfg(test)]
-pub(super) use simulated::*;

@@ -271,7 +271,7 @@ impl Repository {
             match self.put_record(cluster, object(name), record).await {
                 Ok(_) => return Ok(name),
                 // A name only has to be new; a little ahead of the clock is as good.
-                Err(CatalogError::Taken { .. }) => at = at + jiff::SignedDuration::from_secs(1),
+                Err(CatalogError::Taken { .. }) => at += jiff::SignedDuration::from_secs(1),
                 Err(error) => return Err(error),
             }
         }

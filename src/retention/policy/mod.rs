@@ -440,18 +440,17 @@ impl<'a> Facts<'a> {
         for backup in backups.iter().filter(|backup| backup.stopped_at > self.from) {
             keep(&mut keeps, backup.label, Keep::Window);
         }
-        let slot = |format: &'static str| move |label: BackupLabel| label.start().strftime(format).to_string();
-        type Slot = Box<dyn Fn(BackupLabel) -> String>;
-        let rules: [(u32, Slot, fn(String) -> Keep); 4] = [
-            (policy.daily, Box::new(slot("%Y-%m-%d")), |slot| Keep::Daily { slot }),
-            (policy.weekly, Box::new(slot("%G-W%V")), |slot| Keep::Weekly { slot }),
-            (policy.monthly, Box::new(slot("%Y-%m")), |slot| Keep::Monthly { slot }),
-            (policy.yearly, Box::new(slot("%Y")), |slot| Keep::Yearly { slot }),
+        type Why = fn(String) -> Keep;
+        let rules: [(u32, &str, Why); 4] = [
+            (policy.daily, "%Y-%m-%d", |slot| Keep::Daily { slot }),
+            (policy.weekly, "%G-W%V", |slot| Keep::Weekly { slot }),
+            (policy.monthly, "%Y-%m", |slot| Keep::Monthly { slot }),
+            (policy.yearly, "%Y", |slot| Keep::Yearly { slot }),
         ];
-        for (count, slot_of, why) in rules {
+        for (count, format, why) in rules {
             let (mut last, mut left) = (None, count);
             for backup in self.sound.iter().rev() {
-                let slot = slot_of(backup.label);
+                let slot = backup.label.start().strftime(format).to_string();
                 if left == 0 {
                     break;
                 }

@@ -247,7 +247,9 @@ impl Server {
         // It takes a server a while to notice.
         let linger = self.state().random.below(300);
         self.0.trace.note(format!("session {id} is over"));
-        self.change(|state| drop(state.streams.remove(&id)));
+        self.change(|state| {
+            state.streams.remove(&id);
+        });
         sleep(Duration::from_millis(linger)).await;
         self.change(|state| state.slot_user = state.slot_user.filter(|user| *user != id));
     }
