@@ -677,8 +677,9 @@ impl Stream {
         }
         let held = held.min(self.receiver.position());
         let reported = reported(held, self.served.size, self.options.cutter.synchronous || self.asked.is_some());
-        // At the floor itself, too: a server at rest would not count us among its synchronous standbys before that.
-        if reported < self.begin.floor { Lsn::ZERO } else { reported }
+        // At the floor itself, too: a server at rest would not count us among its synchronous standbys before that. But the
+        // stream's very beginning says nothing: an empty repository "holds" it.
+        if reported < self.begin.floor || held <= self.begin.at { Lsn::ZERO } else { reported }
     }
 
     async fn report(&mut self, now: Instant, always: bool) -> Result<(), PgError> {
