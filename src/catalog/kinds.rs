@@ -23,6 +23,8 @@ pub(super) fn kind_of(object: &ClusterObject) -> Kind {
         | ClusterObject::Hold(_)
         | ClusterObject::HoldReleased(_) => Kind::Record,
         ClusterObject::Lease(_) => Kind::Lease,
+        ClusterObject::Event(..) => Kind::Event,
+        ClusterObject::Verification(_) | ClusterObject::Drill(_) => Kind::Verification,
         ClusterObject::Part(part) => match part.kind {
             PartKind::Files => Kind::FileTable,
             PartKind::Tags => Kind::BlockTags,

@@ -61,6 +61,9 @@ fn a_cluster_object() -> impl Strategy<Value = ClusterObject> {
             a_label().prop_map(ClusterObject::ExpiryGoing),
             a_label().prop_map(ClusterObject::Hold),
             a_label().prop_map(ClusterObject::HoldReleased),
+            (any::<[u8; 16]>(), 1u32..).prop_map(|(writer, number)| ClusterObject::Event(Id128::new(writer), number)),
+            a_label().prop_map(ClusterObject::Verification),
+            a_label().prop_map(ClusterObject::Drill),
             ("[a-z0-9-]{1,64}", any::<u32>(), any::<u32>())
                 .prop_map(|(name, epoch, beat)| ClusterObject::Lease(LeaseName::new(&name, epoch, beat).unwrap())),
         ]
