@@ -163,15 +163,18 @@ fn the_page_shows_the_table() {
 /// A dependency is a decision: `docs/decisions.md` says why this one.
 #[test]
 fn every_dependency_has_its_reason() {
-    let manifest: toml::Table = include_str!("../Cargo.toml").parse().unwrap();
     let page = include_str!("../docs/decisions.md");
     // The first column of a table: `| rustls, tokio-rustls |`, `| proptest (tests) |`.
     let named: Vec<_> = page.lines().filter_map(|line| line.strip_prefix("| ")?.split(" |").next()).collect();
     let has_reason =
         |name: &str| named.iter().any(|cell| cell.split(", ").any(|one| one.trim_end_matches(" (tests)") == name));
-    for kind in ["dependencies", "dev-dependencies", "build-dependencies"] {
-        for name in manifest.get(kind).and_then(|table| table.as_table()).into_iter().flat_map(|table| table.keys()) {
-            assert!(has_reason(name), "docs/decisions.md does not say why {name}");
+    for manifest in [include_str!("../Cargo.toml"), include_str!("../crypto/Cargo.toml")] {
+        let manifest: toml::Table = manifest.parse().unwrap();
+        for kind in ["dependencies", "dev-dependencies", "build-dependencies"] {
+            for name in manifest.get(kind).and_then(|table| table.as_table()).into_iter().flat_map(|table| table.keys())
+            {
+                assert!(has_reason(name), "docs/decisions.md does not say why {name}");
+            }
         }
     }
 }

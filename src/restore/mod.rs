@@ -16,6 +16,7 @@
 mod compare;
 pub mod databases;
 pub mod delta;
+mod direct;
 mod error;
 pub mod fetch;
 mod files;

@@ -1,8 +1,6 @@
 use std::fmt;
 
-use aes_gcm::{Aes256Gcm, KeyInit};
-use hkdf::Hkdf;
-use sha2::Sha256;
+use pgkeep_crypto::{Cipher, Expander};
 use zeroize::{Zeroize, Zeroizing};
 
 use super::error::SealError;
@@ -140,11 +138,11 @@ pub enum FrameKey<'a> {
 }
 
 /// Everything that one object derives from one key and the object's salt.
-pub(super) struct ObjectKeys(Hkdf<Sha256>);
+pub(super) struct ObjectKeys(Expander);
 
 impl ObjectKeys {
     pub fn new(secret: &Secret, salt: &[u8; 16]) -> ObjectKeys {
-        ObjectKeys(Hkdf::new(Some(salt), secret.expose()))
+        ObjectKeys(Expander::new(Some(salt), secret.expose()))
     }
 
     /// Says which key it is without the binding: a wrong key is not a wrong name.
@@ -157,17 +155,17 @@ impl ObjectKeys {
         *expand(&self.0, &bound(b"binding", binding).each_ref().map(|part| part.as_ref()))
     }
 
-    pub fn frames(&self, binding: &Binding<'_>) -> Aes256Gcm {
+    pub fn frames(&self, binding: &Binding<'_>) -> Cipher {
         self.cipher(b"frames", binding)
     }
 
-    pub fn footer(&self, binding: &Binding<'_>) -> Aes256Gcm {
+    pub fn footer(&self, binding: &Binding<'_>) -> Cipher {
         self.cipher(b"footer", binding)
     }
 
-    fn cipher(&self, purpose: &'static [u8], binding: &Binding<'_>) -> Aes256Gcm {
+    fn cipher(&self, purpose: &'static [u8], binding: &Binding<'_>) -> Cipher {
         let key: Zeroizing<[u8; 32]> = expand(&self.0, &bound(purpose, binding).each_ref().map(|part| part.as_ref()));
-        Aes256Gcm::new((&*key).into())
+        Cipher::new(&key)
     }
 }
 
@@ -185,12 +183,12 @@ fn bound<'a>(purpose: &'static [u8], binding: &Binding<'a>) -> [std::borrow::Cow
 
 /// HKDF-SHA-256 without salt.
 fn derive<const N: usize>(secret: &Secret, parts: &[&[u8]]) -> Zeroizing<[u8; N]> {
-    expand(&Hkdf::new(None, secret.expose()), parts)
+    expand(&Expander::new(None, secret.expose()), parts)
 }
 
 /// HKDF-Expand; each part of the info goes in with its length in front (4 bytes, little-endian): no two lists of parts
 /// make the same info.
-fn expand<const N: usize>(hkdf: &Hkdf<Sha256>, parts: &[&[u8]]) -> Zeroizing<[u8; N]> {
+fn expand<const N: usize>(hkdf: &Expander, parts: &[&[u8]]) -> Zeroizing<[u8; N]> {
     let mut out = Zeroizing::new([0; N]);
     hkdf.expand(&length_prefixed(parts), &mut out[..]).expect("N is at most 32"); // invariant: HKDF gives up to 8160
     out

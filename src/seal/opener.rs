@@ -1,10 +1,8 @@
 use std::fmt;
 use std::ops::Range;
 
-use aes_gcm::aead::AeadInOut;
-use aes_gcm::aead::inout::InOutBuf;
-use aes_gcm::{Aes256Gcm, Nonce, Tag};
 use bytes::Bytes;
+use pgkeep_crypto::Cipher;
 
 use super::compress::decompressed;
 use super::error::{KeyRole, Part, SealError};
@@ -25,8 +23,8 @@ const MAX_SEALED_FOOTER: usize = FOOTER_FIXED + FRAME_HEADER * MAX_FRAMES as usi
 pub struct Opener {
     header: Header,
     /// `Err`: the content key that is missing.
-    frames: Result<Aes256Gcm, crate::types::Id128>,
-    footer: Aes256Gcm,
+    frames: Result<Cipher, crate::types::Id128>,
+    footer: Cipher,
 }
 
 impl Opener {
@@ -214,12 +212,10 @@ impl fmt::Debug for Opener {
 }
 
 /// Authenticates and decrypts; `None` if the tag does not fit.
-fn open(cipher: &Aes256Gcm, nonce: [u8; 12], aad: &[u8], sealed: &[u8]) -> Option<Vec<u8>> {
+fn open(cipher: &Cipher, nonce: [u8; 12], aad: &[u8], sealed: &[u8]) -> Option<Vec<u8>> {
     let (content, tag) = sealed.split_last_chunk::<TAG>()?;
     let mut content = content.to_vec();
-    let buffer = InOutBuf::from(content.as_mut_slice());
-    cipher.decrypt_inout_detached(&Nonce::from(nonce), aad, buffer, &Tag::from(*tag)).ok()?;
-    Some(content)
+    cipher.open(nonce, aad, &mut content, tag).then_some(content)
 }
 
 /// What a footer says: where the frames are, how much plaintext they hold, and what the kind of object added.

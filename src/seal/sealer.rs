@@ -2,10 +2,8 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
-use aes_gcm::aead::AeadInOut;
-use aes_gcm::aead::inout::InOutBuf;
-use aes_gcm::{Aes256Gcm, Nonce};
 use bytes::Bytes;
+use pgkeep_crypto::Cipher;
 
 use super::compress::compressed;
 use super::error::{Part, SealError};
@@ -22,8 +20,8 @@ use super::{MAX_EXTRA, MAX_FRAME, MAX_FRAMES};
 /// twice would give away plaintext, so a repetition is an error. A retry sends the bytes that were sealed.
 pub struct ObjectSealer {
     header: Header,
-    frames: Aes256Gcm,
-    footer: Aes256Gcm,
+    frames: Cipher,
+    footer: Cipher,
     used: Mutex<Used>,
 }
 
@@ -156,7 +154,7 @@ impl ObjectSealer {
 
     fn seal_part(
         &self,
-        cipher: &Aes256Gcm,
+        cipher: &Cipher,
         kind: NonceType,
         counter: u32,
         frame: FrameHeader,
@@ -210,20 +208,13 @@ fn within(what: &'static str, len: usize, limit: usize) -> Result<(), SealError>
 }
 
 /// Appends the sealed `content` and its tag to `out`.
-fn seal_onto(
-    out: &mut Vec<u8>,
-    cipher: &Aes256Gcm,
-    nonce: [u8; 12],
-    aad: &[u8],
-    content: &[u8],
-) -> Result<(), SealError> {
+fn seal_onto(out: &mut Vec<u8>, cipher: &Cipher, nonce: [u8; 12], aad: &[u8], content: &[u8]) -> Result<(), SealError> {
     let at = out.len();
     out.extend_from_slice(content);
-    let sealed = InOutBuf::from(out.get_mut(at..).unwrap_or_default());
-    let tag = cipher.encrypt_inout_detached(&Nonce::from(nonce), aad, sealed).map_err(|_| SealError::TooLarge {
+    let tag = cipher.seal(nonce, aad, out.get_mut(at..).unwrap_or_default()).ok_or(SealError::TooLarge {
         what: "what is sealed at once",
         len: content.len() as u64,
-        limit: aes_gcm::P_MAX,
+        limit: pgkeep_crypto::MAX_SEALED,
     })?;
     out.extend_from_slice(&tag);
     Ok(())

@@ -25,7 +25,7 @@ keep() { as "$pgkeep" -q --config "$WORK/keep/pgkeep.toml" "$@"; }
 
 # measured COMMAND...: $took and $cpu seconds, $resident MB (the largest of its processes).
 measured() {
-    local user system kilobytes
+    local in_user in_system kilobytes
     as touch "$WORK/measured"
     local words=("$@")
     case $1 in
@@ -34,12 +34,12 @@ measured() {
     esac
     as /usr/bin/time -f '%e %U %S %M' -o "$WORK/measured" "${words[@]}" >/dev/null 2>>"$WORK/commands.log" \
         || { tail -5 "$WORK/commands.log" >&2; return 1; }
-    read -r took user system kilobytes <"$WORK/measured"
-    cpu=$(awk -v a="$user" -v b="$system" 'BEGIN { printf "%.2f", a + b }')
+    read -r took in_user in_system kilobytes <"$WORK/measured"
+    cpu=$(awk -v a="$in_user" -v b="$in_system" 'BEGIN { printf "%.2f", a + b }')
     resident=$((kilobytes / 1024))
 }
 # stored DIR...: megabytes in them.
-stored() { du -cb "$@" 2>/dev/null | awk 'END { printf "%.1f", $1 / 1e6 }'; }
+stored() { { du -cb "$@" 2>/dev/null || true; } | awk 'END { printf "%.1f", $1 / 1e6 }'; }
 minus() { awk -v a="$1" -v b="$2" 'BEGIN { printf "%.1f", a - b }'; }
 reads_all() { measured "$bindir/pg_basebackup" -D - -Ft -X none -c fast; }
 
