@@ -19,6 +19,7 @@ pub mod cli;
 pub mod config;
 pub mod copy;
 pub mod daemon;
+mod direct;
 pub mod helper;
 pub mod pg;
 pub mod plan;

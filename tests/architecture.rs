@@ -21,7 +21,8 @@ const ROOMS: &[Room] = &[
     room("pg", &["types"], "PostgreSQL from outside knows nothing of archives"),
     room("wal", &["types"], "what WAL means does not depend on where it comes from or goes"),
     room("seal", &["types"], "sealing knows no WAL, no store and no meaning"),
-    room("store", &["types"], "a store keeps bytes under keys and knows neither crypto nor meaning"),
+    room("direct", &[], "it brings bytes into a file and knows nothing of them"),
+    room("store", &["types", "direct"], "a store keeps bytes under keys and knows neither crypto nor meaning"),
     room(
         "catalog",
         &["types", "wal", "seal", "store"],
@@ -31,7 +32,7 @@ const ROOMS: &[Room] = &[
     room("backup", &["types", "pg", "wal", "catalog", "seal"], "a backup needs neither planner nor restore"),
     room("copy", &["types", "catalog"], "copying is between repositories; it needs no server and no target in time"),
     room("plan", &["types", "wal", "catalog"], "planning is pure: values in, a plan out"),
-    room("restore", &["types", "pg", "wal", "catalog", "plan"], "restoring never needs the archiving side"),
+    room("restore", &["types", "direct", "pg", "wal", "catalog", "plan"], "restoring never needs the archiving side"),
     room("retention", &["types", "catalog", "plan"], "what may go is judged by what can be restored, and by no server"),
     room("config", &["types"], "configuration is values; it stops at daemon and cli"),
     room("helper", &["types"], "it carries requests and answers, and knows no meaning"),

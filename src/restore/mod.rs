@@ -16,7 +16,6 @@
 mod compare;
 pub mod databases;
 pub mod delta;
-mod direct;
 mod error;
 pub mod fetch;
 mod files;

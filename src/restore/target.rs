@@ -14,9 +14,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{FallocateFlags, OFlags, fallocate};
 use rustix::io::Errno;
 
+use super::RestoreError;
 use super::jobs::{Job, Slice};
 use super::place::Owner;
-use super::{RestoreError, direct};
+use crate::direct;
 
 /// Where the server looks for it.
 pub const CONTROL_FILE: &str = "global/pg_control";
@@ -177,7 +178,7 @@ pub fn write(job: &Job<Target>, bytes: &[u8]) -> Result<u64, RestoreError> {
         let to = from.saturating_add(usize::try_from(*len).unwrap_or(usize::MAX));
         // invariant: the job's range covers its slices, and exactly that range was read
         let bytes = bytes.get(from..to).ok_or_else(|| RestoreError::Task(format!("{}: short read", job.pack)))?;
-        direct::write_all_at(file, bytes, *offset).map_err(target.failed("write"))?;
+        direct::write_all_at(file, &[bytes], *offset).map_err(target.failed("write"))?;
         written += len;
     }
     Ok(written)

@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{self, IoSlice};
+use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
@@ -19,6 +19,7 @@ use jiff::Timestamp;
 use rustix::fs::{AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags, Stat, StatxFlags};
 use rustix::io::Errno;
 
+use crate::direct;
 use crate::store::{Body, Created, Key, MAX_READ, ObjectMeta, Op, StoreError};
 
 /// Where objects are written before they have their names. Begins with a dot, so no key reaches into it.
@@ -354,7 +355,7 @@ impl Root {
         let temporary = Temporary { directory, name, file: File::from(file), exists: true };
         // Says "somebody lives here" to whoever cleans. Where there are no locks, age alone has to do.
         let _ = rustix::fs::flock(&temporary.file, FlockOperation::NonBlockingLockExclusive);
-        write_all(&temporary.file, body, 0).map_err(fail)?;
+        direct::write_all_at(&temporary.file, body.chunks(), 0).map_err(fail)?;
         temporary.file.sync_all().map_err(fail)?;
         Ok(temporary)
     }
@@ -631,26 +632,6 @@ fn was_removed(error: &StoreError) -> bool {
             .is_some_and(|error| error.raw_os_error() == Some(Errno::NOENT.raw_os_error())),
         _ => false,
     }
-}
-
-/// Writes all of `body` from `offset` on.
-pub(super) fn write_all(file: &File, body: &Body, mut offset: u64) -> io::Result<()> {
-    let mut slices: Vec<IoSlice<'_>> = body.chunks().iter().map(|chunk| IoSlice::new(chunk)).collect();
-    let mut rest = &mut slices[..];
-    IoSlice::advance_slices(&mut rest, 0); // drops empty ones at the front
-    while !rest.is_empty() {
-        let batch = rest.get(..rest.len().min(512)).unwrap_or_default(); // IOV_MAX is 1024
-        match rustix::io::pwritev(file, batch, offset) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => {
-                offset += written as u64;
-                IoSlice::advance_slices(&mut rest, written);
-            }
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(())
 }
 
 /// Whether `file` holds exactly the bytes of `body`; their lengths are equal already.

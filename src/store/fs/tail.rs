@@ -15,7 +15,8 @@ use async_trait::async_trait;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::root::{Root, write_all};
+use super::root::Root;
+use crate::direct;
 use crate::store::{Body, Key, Op, StoreError, Tail};
 
 /// The open file of a tail.
@@ -78,7 +79,7 @@ impl Tail for FsTail {
 fn append(root: &Root, file: &File, key: &Key, len: u64, bytes: &Body) -> Result<(), StoreError> {
     let fail = |error: io::Error| root.fail_key(Op::Append, key, error);
     root.check_there()?;
-    write_all(file, bytes, len).map_err(fail)?;
+    direct::write_all_at(file, bytes.chunks(), len).map_err(fail)?;
     rustix::fs::fdatasync(file).map_err(|errno| fail(errno.into()))?;
     // Durable in a file that has no name any more is lost all the same.
     if rustix::fs::fstat(file).map_err(|errno| fail(errno.into()))?.st_nlink == 0 {
