@@ -27,7 +27,7 @@ mod probe;
 pub mod push;
 pub mod push_ahead;
 pub mod push_all;
-mod push_index;
+pub mod push_index;
 pub mod push_plan;
 mod receivers;
 pub mod resume;

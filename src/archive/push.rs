@@ -19,6 +19,7 @@ use bytes::Bytes;
 
 use super::alarm::{NOTES, put_note};
 use super::part::MAX_PART;
+use super::push_index::Indexing;
 use crate::catalog::layout::{KeptFile, SegmentName, folder};
 use crate::catalog::records::WalRangeNote;
 use crate::catalog::{CatalogError, Put, Repository, SealedRange};
@@ -251,13 +252,17 @@ pub fn deadline(path: &Path) -> Duration {
     Duration::from_secs(LEAST + len / BYTES_PER_SECOND)
 }
 
-/// Archives the file at `path`. Returns only when it is durable. `index`: what is new is indexed, too.
+/// Archives the file at `path`. Returns only when it is durable.
 pub async fn push(
     repository: &Repository,
     cluster: &ClusterName,
     path: &Path,
-    index: bool,
+    index: Indexing<'_>,
 ) -> Result<Pushed, PushError> {
+    let _pushing = match index {
+        Indexing::Later(backlog) => Some(backlog.pushing()),
+        Indexing::No | Indexing::Now => None,
+    };
     let text = path.file_name().unwrap_or_default().to_string_lossy();
     let name = text.parse::<WalFileName>().map_err(|source| PushError::Name { path: path.to_owned(), source })?;
     let control = blocking({
@@ -278,7 +283,7 @@ struct Push<'a> {
     name: &'a ClusterName,
     path: &'a Path,
     control: Option<ControlFile>,
-    index: bool,
+    index: Indexing<'a>,
 }
 
 impl Push<'_> {
@@ -325,9 +330,9 @@ impl Push<'_> {
             new |= self.put_part(&cluster, branch, &seen, (from, to), (digest_from, *known), pieces).await?;
         }
         // What was there already was streamed, and indexed by who streamed it.
-        if new && self.index && seen.unsound.is_empty() {
+        if new && seen.unsound.is_empty() {
             let (segment, file) = ((seen.segment, seen.size), (self.path, seen.pieces));
-            super::push_index::index_segment(self.repository, &cluster, branch, segment, file).await;
+            super::push_index::index(self.index, self.repository, &cluster, branch, segment, file).await;
         }
         Ok(if new { Pushed::Stored } else { Pushed::AlreadyThere })
     }

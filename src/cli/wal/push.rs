@@ -7,6 +7,7 @@ use tokio::sync::Mutex;
 use super::{Role, push_helper};
 use crate::archive::push::{self, PushError, Pushed};
 use crate::archive::push_all::push_all;
+use crate::archive::push_index::{Backlog, Indexing};
 use crate::catalog::{Repository, Usage};
 use crate::cli::{CliError, Context, Exit, open};
 use crate::config::RepositoryConfig;
@@ -55,6 +56,8 @@ pub(super) struct Pusher {
     cluster: ClusterName,
     /// Is an index made of what is pushed?
     index: bool,
+    /// Of a helper: what it indexes when nothing else is to be done.
+    later: Option<Backlog>,
     usage: Usage,
 }
 
@@ -69,7 +72,13 @@ impl Pusher {
         };
         let places = places.into_iter().map(|place| (place.clone(), Mutex::default())).collect();
         let usage = Usage { short_lived: true, ..Usage::new().map_err(open::repository_error)? };
-        Ok(Pusher { places, needed, cluster: cluster.name_in_repository.clone(), index: cluster.index, usage })
+        let (name, index) = (cluster.name_in_repository.clone(), cluster.index);
+        Ok(Pusher { places, needed, cluster: name, index, later: None, usage })
+    }
+
+    /// Leaves indexes to who works on the backlog.
+    pub(super) fn indexing_later(self, backlog: Backlog) -> Pusher {
+        Pusher { later: Some(backlog), ..self }
     }
 
     /// Returns when the file is durable in enough repositories, or when it is too late.
@@ -125,7 +134,12 @@ impl Pusher {
                 None => opened.insert(open::repository_for(place, self.usage.clone()).await?).clone(),
             }
         };
-        let pushed = push::push(&repository, &self.cluster, path, self.index).await.map_err(push_error);
+        let index = match &self.later {
+            _ if !self.index => Indexing::No,
+            None => Indexing::Now,
+            Some(backlog) => Indexing::Later(backlog),
+        };
+        let pushed = push::push(&repository, &self.cluster, path, index).await.map_err(push_error);
         if pushed.is_err() {
             *opened.lock().await = None; // whatever it was, the next attempt begins from the beginning
         }

@@ -15,6 +15,7 @@ use async_trait::async_trait;
 use super::push::{HELPER, Pusher};
 use super::quick::{PUSH, Plain};
 use crate::archive::push_ahead::{PushAhead, PushFile};
+use crate::archive::push_index::Backlog;
 use crate::cli::logging::Collected;
 use crate::cli::{CliError, Context, Exit};
 use crate::helper::{self, Answer, FileIdentity, HelperError, NotStarted, Place, Rules, Serve};
@@ -23,6 +24,8 @@ use crate::helper::{self, Answer, FileIdentity, HelperError, NotStarted, Place, 
 const IDLE: Duration = Duration::from_secs(90);
 /// Two changes of a file within one tick of the kernel's clock have one time.
 const TICK: Duration = Duration::from_millis(20);
+/// What is left to be indexed may take so long when it leaves.
+const INDEXING: Duration = Duration::from_secs(10);
 /// Pushes at once: one more than processors, for who waits for a disk.
 const JOBS: (usize, usize) = (2, 4);
 
@@ -36,17 +39,24 @@ pub(super) async fn run(context: &Context) -> Result<Exit, CliError> {
     let failed = |error: io::Error| CliError::failed(error).context("look at the configuration and the data directory");
     let fingerprint = call.fingerprint(&place).map_err(failed)?;
     let jobs = available_parallelism().map_or(1, usize::from).saturating_add(1).clamp(JOBS.0, JOBS.1);
+    let backlog = Backlog::default();
     let service = Arc::new(Pushes {
-        ahead: PushAhead::new(Files(Pusher::new(context)?), "pg_wal", jobs),
+        ahead: PushAhead::new(Files(Pusher::new(context)?.indexing_later(backlog.clone())), "pg_wal", jobs),
         log: context.log.clone(),
         has_failed: AtomicBool::new(false),
     });
     let serving = Arc::clone(&service) as Arc<dyn Serve>;
-    let left = match helper::serve(&place, &call, fingerprint, Rules::of(IDLE), serving).await {
+    let left = tokio::select! {
+        biased;
+        left = helper::serve(&place, &call, fingerprint, Rules::of(IDLE), serving) => left,
+        () = backlog.work() => return Ok(Exit::Done), // not reached: it goes on for ever
+    };
+    let left = match left {
         Err(HelperError::NotStarted(NotStarted::Running)) => return Ok(Exit::Done),
         left => left.map_err(CliError::failed)?,
     };
     service.ahead.finish().await;
+    backlog.finish(INDEXING).await;
     // To the helper's own log: no hook came for it.
     context.output.note(format_args!("{}left: {left:?}", context.log.take()));
     Ok(Exit::Done)
