@@ -91,11 +91,11 @@ fn seeds(first: u64, count: u64, told_every: Option<u64>) {
     assert!(count < 100 || (lives > count + count / 2 && timelines > count + count / 3));
 }
 
-/// `PGKEEP_SIM_SEEDS` of them (150 where it is not set: up to two tenths of a second each, without optimisation), from `PGKEEP_SIM_FIRST` on (`testenv/simulate.sh`).
+/// `PGKEEP_SIM_SEEDS` of them (2,000 where it is not set: some six hundredths of a second each), from `PGKEEP_SIM_FIRST` on (`testenv/simulate.sh`).
 #[test]
 fn p1_p6_p8_what_is_acknowledged_is_restorable_whatever_befalls() {
     let count = number("PGKEEP_SIM_SEEDS");
-    seeds(number("PGKEEP_SIM_FIRST").unwrap_or(1), count.unwrap_or(150), count.map(|count| (count / 50).max(100)));
+    seeds(number("PGKEEP_SIM_FIRST").unwrap_or(1), count.unwrap_or(2000), count.map(|count| (count / 50).max(100)));
 }
 
 /// What a seed brings does not depend on the moment, the machine or what ran before it.
