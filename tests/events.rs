@@ -34,8 +34,15 @@ fn p4_history_is_recorded_and_tampering_shows() {
     };
     let all = rig.json(&["events", "--verify", "--json"]);
     let want = [
-        "cluster-created", "stream-began", "backup-finished", "hold-added", "hold-released", "keys-rotated",
-        "stream-ended", "restore-begun", "restore-finished",
+        "cluster-created",
+        "stream-began",
+        "backup-finished",
+        "hold-added",
+        "hold-released",
+        "keys-rotated",
+        "stream-ended",
+        "restore-begun",
+        "restore-finished",
     ];
     assert_eq!(kinds(&all), want, "{all:#}");
     assert_eq!(all["repositories"][0]["verified"]["findings"], serde_json::json!([]), "{all:#}");

@@ -45,7 +45,17 @@ fn a_write_only_host_does_its_work_and_restores_nothing() {
     ok(fs::remove_file(rig.path("pgkeep.toml")));
     let (repo, key) = (rig.path("main"), rig.path("main.key"));
     let conninfo = pg.conninfo();
-    let init = ["init", "--pg", &conninfo, "--repo", repo.to_str().unwrap(), "--key-file", key.to_str().unwrap(), "--yes", "--write-only"];
+    let init = [
+        "init",
+        "--pg",
+        &conninfo,
+        "--repo",
+        repo.to_str().unwrap(),
+        "--key-file",
+        key.to_str().unwrap(),
+        "--yes",
+        "--write-only",
+    ];
     let identity = rig.path("main.identity.key");
     rig.done(&init).says("Take that file away").says(identity.to_str().unwrap());
     rig.done(&init).says("kept  key");
@@ -119,7 +129,16 @@ fn recipients_come_and_go_and_paper_is_a_key() {
     ok(fs::write(&secret, " a passphrase \n"));
     ok(fs::set_permissions(&secret, Permissions::from_mode(0o600)));
     ok(give_to_server_user(rig.dir.path()));
-    let add = ["key", "add", "--key-file", next.to_str().unwrap(), "--name", "next", "--passphrase-file", secret.to_str().unwrap()];
+    let add = [
+        "key",
+        "add",
+        "--key-file",
+        next.to_str().unwrap(),
+        "--name",
+        "next",
+        "--passphrase-file",
+        secret.to_str().unwrap(),
+    ];
     let said = rig.done(&add).says("made  key");
     let recipient = said.stdout.split_whitespace().find(|word| word.starts_with("age1")).unwrap().to_owned();
     rig.done(&add).says("kept  key").says("0 opened to it now");
@@ -151,9 +170,14 @@ fn recipients_come_and_go_and_paper_is_a_key() {
     }
     ok(give_to_server_user(rig.dir.path()));
     let paper = rig.path("paper.key");
-    let import = |sheet: &str| rig.run(&["key", "import", rig.path(sheet).to_str().unwrap(), "--key-file", paper.to_str().unwrap()]);
+    let import = |sheet: &str| {
+        rig.run(&["key", "import", rig.path(sheet).to_str().unwrap(), "--key-file", paper.to_str().unwrap()])
+    };
     let bad = import("wrong").exits(2).says("check digits");
-    assert!(!bad.all().contains(typed.lines().find(|line| line.contains("m2 ")).unwrap().trim()), "nothing is repeated");
+    assert!(
+        !bad.all().contains(typed.lines().find(|line| line.contains("m2 ")).unwrap().trim()),
+        "nothing is repeated"
+    );
     import("typed").exits(0).says("made");
     assert_eq!(ok(fs::read_to_string(&paper)), ok(fs::read_to_string(rig.path("main.key"))), "the same key file");
 

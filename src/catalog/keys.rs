@@ -209,7 +209,11 @@ impl Repository {
         let at_least = known.as_ref().map_or(0, |known| known.number);
         if numbers.last().copied().unwrap_or(0) < at_least {
             let repository = self.name();
-            tracing::error!(repository, number = at_least, "the list of recipients that was in force is gone from the repository: somebody removed it. It stays in force here");
+            tracing::error!(
+                repository,
+                number = at_least,
+                "the list of recipients that was in force is gone from the repository: somebody removed it. It stays in force here"
+            );
         }
         for number in numbers.into_iter().rev().take_while(|number| *number > at_least) {
             let name = Name::new(Object::Recipients(number));
@@ -222,7 +226,9 @@ impl Repository {
                     *guard(&self.keys().recipients) = Some(Arc::clone(&list));
                     return Ok(Some(list));
                 }
-                Ok(_) => tracing::error!(object = %name, "is a list of recipients for another repository or number; it is left aside"),
+                Ok(_) => {
+                    tracing::error!(object = %name, "is a list of recipients for another repository or number; it is left aside")
+                }
                 Err(error) if error.is_not_found() => {}
                 Err(error) if error.is_damage() => {
                     tracing::error!(object = %name, %error, "this list of recipients does not open; the one before it counts");
@@ -263,7 +269,9 @@ impl Repository {
             };
             let Some(mut next) = changed(&list, change, &today, now) else { return Ok((list, false)) };
             next.writer = self.writer();
-            match self.put_named_record(&Name::new(Object::Recipients(next.number)), Kind::Record, &next, Vec::new()).await
+            match self
+                .put_named_record(&Name::new(Object::Recipients(next.number)), Kind::Record, &next, Vec::new())
+                .await
             {
                 Ok(_) => {
                     let next = Arc::new(next);
@@ -281,7 +289,8 @@ impl Repository {
     /// What the key file says, before there is a list.
     fn list_of_key_file(&self, now: Timestamp) -> RecipientList {
         let since = self.format().created_at;
-        let known = |recipient: &Recipient| KnownRecipient { recipient: recipient.clone(), name: None, added_at: since };
+        let known =
+            |recipient: &Recipient| KnownRecipient { recipient: recipient.clone(), name: None, added_at: since };
         RecipientList {
             number: 0,
             repository: self.format().repository,

@@ -615,8 +615,7 @@ async fn check_meta_key(
     let in_store = |source| CatalogError::Store { repository: repository.to_owned(), source };
     let object = Object::Key(format.meta_key);
     let meta = key_of(repository, &Name::new(object.clone()))?;
-    let sealed =
-        |source| CatalogError::Sealed { repository: repository.to_owned(), name: meta.to_string(), source };
+    let sealed = |source| CatalogError::Sealed { repository: repository.to_owned(), name: meta.to_string(), source };
     let first = match store.get(&meta, None).await {
         Ok(envelope) => match keys.check_meta_key(format.realm, &envelope) {
             Ok(()) => return Ok(()),

@@ -25,7 +25,6 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 
 use super::CatalogError;
-use super::kinds::kind_of;
 use super::layout::{ClusterObject, CopyToken, Name, Object};
 use super::reader::Piece;
 use super::records::{self, Record};

@@ -12,10 +12,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 
 use super::CatalogError;
+use super::keys::WritingKey;
 use super::kinds::kind_of;
 use super::layout::{ClusterObject, ContentTag, CopyToken, Disputed, KeptFile, Name, RangeName, SegmentName};
 use super::records::{self, BackupInfo, ConflictNote, FileNote, Manifest, Record, WalRangeNote};
-use super::keys::WritingKey;
 use super::repository::{Repository, is_data, name_of, random_id};
 use super::weak::{Puts, own_name};
 use crate::seal::{Codec, FrameKey, Kind, ObjectSealer, SequentialSealer, open_whole};

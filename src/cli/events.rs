@@ -105,7 +105,7 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
             let writers: BTreeSet<Id128> = events.iter().map(|event| event.writer).collect();
             let ours: Vec<EventHead> =
                 args.head.iter().filter(|head| writers.contains(&head.writer)).copied().collect();
-            ours.iter().for_each(|head| drop(outside.remove(&head.to_string())));
+            outside.retain(|head| ours.iter().all(|found| found.to_string() != *head));
             let verified = (args.verify || !args.head.is_empty()).then(|| Verified {
                 compared: events.len() as u64,
                 findings: verify(&events, &ours),
@@ -196,10 +196,13 @@ fn show(context: &Context, chronicle: &Chronicle) {
     let compared = count(verified.compared, "event");
     match verified.findings.len() as u64 {
         0 => output.line(format!("  {compared} compared: nothing is missing, nothing was changed")),
-        findings => output.line(format!("  {compared} compared: {} NOT FIT", match findings {
-            1 => "1 DOES".to_owned(),
-            some => format!("{some} DO"),
-        })),
+        findings => output.line(format!(
+            "  {compared} compared: {} NOT FIT",
+            match findings {
+                1 => "1 DOES".to_owned(),
+                some => format!("{some} DO"),
+            }
+        )),
     }
     output.line("  Keep outside of the repository, for a later --head:");
     verified.heads.iter().for_each(|head| output.line(format!("    {head}")));

@@ -282,7 +282,8 @@ async fn look(wish: &Wish) -> Result<Found, CliError> {
     let config_exists = same_configuration(wish)?;
     let key = existing_key(&wish.key_file, &wish.repository).await?;
     if key.as_ref().is_some_and(KeyFile::can_read) && !matches!(wish.key, KeyWish::Whole) {
-        let sentence = format!("{} is there and reads, and --write-only asks for one that does not", wish.key_file.display());
+        let sentence =
+            format!("{} is there and reads, and --write-only asks for one that does not", wish.key_file.display());
         return Err(refused(sentence).hint(
             "nothing was changed; move that key file to where backups are restored, and say --write-only --recipient with its \
              recipient and another --key-file, for a new repository",

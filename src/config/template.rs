@@ -85,8 +85,10 @@ slot = {slot}
             cluster = self.cluster,
             place = self.place.lines(),
             about_key = match self.write_only {
-                false => "# Opens everything in the repository. Keep a copy of it elsewhere: without it no backup can be read, by anybody.",
-                true => "# Archives and takes backups, and cannot read a row. Restoring needs a key file with an identity.",
+                false =>
+                    "# Opens everything in the repository. Keep a copy of it elsewhere: without it no backup can be read, by anybody.",
+                true =>
+                    "# Archives and takes backups, and cannot read a row. Restoring needs a key file with an identity.",
             },
             key_file = quoted(&self.key_file.to_string_lossy()),
             conninfo = quoted(self.conninfo),

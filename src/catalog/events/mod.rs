@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use super::CatalogError;
 use super::kinds::kind_of;
 use super::layout::{ClusterObject, Name, Object, folder};
-use super::records::{self, GapRecord, GapReason, Record};
+use super::records::{self, GapReason, GapRecord, Record};
 use super::repository::{Repository, name_of};
 use super::retention::Held;
 use crate::seal::{Recipient, SealError};
@@ -278,7 +278,9 @@ impl Repository {
         match tokio::time::timeout(DEADLINE, self.append_event(cluster, event.clone())).await {
             Ok(Ok(head)) => tracing::info!(%cluster, repository, %head, "event: {event}"),
             // Whoever may only read leaves no trace, and is not kept from reading.
-            Ok(Err(CatalogError::Store { source: StoreError::Denied { .. } | StoreError::ReadOnly { .. }, .. })) => {
+            Ok(Err(CatalogError::Store {
+                source: StoreError::Denied { .. } | StoreError::ReadOnly { .. }, ..
+            })) => {
                 tracing::info!(%cluster, repository, "not noted among the events, the repository may only be read: {event}");
             }
             Ok(Err(error)) => tracing::warn!(%cluster, repository, %error, "not noted among the events: {event}"),
@@ -309,7 +311,8 @@ impl Repository {
             let heads = self.newest_heads(cluster, &names).await?;
             let record = EventRecord { writer, number, at: self.now(), previous, heads, event: event.clone() };
             let object = ClusterObject::Event(writer, number);
-            let json = records::to_json(&record).map_err(|source| self.record(&name_of(cluster, object.clone()), source))?;
+            let json =
+                records::to_json(&record).map_err(|source| self.record(&name_of(cluster, object.clone()), source))?;
             match self.put_record(cluster, object, &record).await {
                 Ok(_) => return Ok(EventHead { writer, number, digest: Digest::of(&json) }),
                 Err(CatalogError::Taken { .. }) => {} // another task of ours, in this moment
@@ -330,9 +333,8 @@ impl Repository {
             heads.into_iter().map(|(writer, (number, put_at))| (put_at, writer, number)).collect();
         newest.sort_unstable_by(|a, b| b.cmp(a));
         newest.truncate(HEADS);
-        let mut read = stream::iter(newest)
-            .map(|(_, writer, number)| self.read_event(cluster, writer, number))
-            .buffered(AT_ONCE);
+        let mut read =
+            stream::iter(newest).map(|(_, writer, number)| self.read_event(cluster, writer, number)).buffered(AT_ONCE);
         let mut heads = Vec::new();
         while let Some(listed) = read.next().await {
             if let Some(Listed { writer, number, content: Content::Opened { digest, .. } }) = listed? {
@@ -464,7 +466,8 @@ impl fmt::Display for Happened {
             Happened::BackupFailed { reason } => write!(f, "a base backup failed: {reason}"),
             Happened::Expired { condemned, removed, given_up, objects, bytes } => {
                 write!(f, "expired: {objects} objects of {bytes} bytes removed")?;
-                for (what, labels) in [("condemned", condemned), ("manifests removed", removed), ("given up", given_up)] {
+                for (what, labels) in [("condemned", condemned), ("manifests removed", removed), ("given up", given_up)]
+                {
                     if !labels.is_empty() {
                         write!(f, "; {what}: {}", list(labels))?;
                     }

@@ -383,7 +383,8 @@ mod tests {
     fn heads_read_back_as_they_are_shown() {
         let head = heads(&history(&[3]))[0];
         assert_eq!(head.to_string().parse(), Ok(head));
-        for bad in ["", "1:2:3", &head.to_string()[1..], &format!("{head}:1"), &head.to_string().replace(":1:", ":0:")] {
+        for bad in ["", "1:2:3", &head.to_string()[1..], &format!("{head}:1"), &head.to_string().replace(":1:", ":0:")]
+        {
             assert!(bad.parse::<EventHead>().is_err(), "{bad}");
         }
     }

@@ -84,7 +84,10 @@ async fn p4_removed_flipped_renamed_and_rolled_back_events_are_named() {
     world.replace(&name(&written[1]), bytes.clone()).await;
     world.replace(&name(&written[3]), second.clone()).await;
     let found = findings(&world.repo, &[]).await;
-    assert!(matches!(found.as_slice(), [Finding::Moved { number: 2, .. }, Finding::Moved { number: 3, .. }]), "{found:?}");
+    assert!(
+        matches!(found.as_slice(), [Finding::Moved { number: 2, .. }, Finding::Moved { number: 3, .. }]),
+        "{found:?}"
+    );
     world.replace(&name(&written[1]), second).await;
     world.replace(&name(&written[3]), bytes).await;
     assert_eq!(findings(&world.repo, &written).await, []);

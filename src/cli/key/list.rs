@@ -139,7 +139,8 @@ pub(in crate::cli) fn age(since: Timestamp, now: Timestamp) -> String {
 fn show(context: &Context, line: &Line, origin: &str) {
     let (output, now) = (&context.output, Timestamp::now());
     output.line(format!("Repository {}, realm {}", line.repository, line.realm));
-    let can = if line.can_read { "reads and writes" } else { "writes only: restoring needs a key file with an identity" };
+    let can =
+        if line.can_read { "reads and writes" } else { "writes only: restoring needs a key file with an identity" };
     output.line(format!("  Key file      {origin}: {can}"));
     let since = age(line.created_at, now);
     output.line(format!("  Meta key      {}, {since} at least", line.meta_key));

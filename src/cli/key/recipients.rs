@@ -8,7 +8,9 @@ use serde::Serialize;
 use super::super::init::write_new;
 use super::super::output::count;
 use super::super::several::Away;
-use super::{AddArgs, AddRecipientArgs, CliError, Context, Exit, RemoveRecipientArgs, key_at, note, open, opened, the_key};
+use super::{
+    AddArgs, AddRecipientArgs, CliError, Context, Exit, RemoveRecipientArgs, key_at, note, open, opened, the_key,
+};
 use crate::catalog::Repository;
 use crate::catalog::events::Happened;
 use crate::catalog::keys::{Envelopes, RecipientChange, RecipientList};
@@ -52,10 +54,8 @@ fn refuse_write_only<'a>(repositories: impl IntoIterator<Item = &'a Repository>)
     match repositories.into_iter().find(|repository| !repository.can_read()) {
         None => Ok(()),
         Some(repository) => {
-            let error = anyhow::anyhow!(
-                "the key of repository {} can only write; nothing was changed",
-                repository.name()
-            );
+            let error =
+                anyhow::anyhow!("the key of repository {} can only write; nothing was changed", repository.name());
             Err(CliError::refused(error).hint("run this where the key file with the identity is"))
         }
     }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use zeroize::Zeroizing;
 
 use super::super::init::write_new;
-use super::{CliError, Context, ExportArgs, Exit, ImportArgs, the_key, wanted};
+use super::{CliError, Context, Exit, ExportArgs, ImportArgs, the_key, wanted};
 use crate::seal::KeyFile;
 
 /// What was typed is a page.
@@ -44,10 +44,8 @@ pub(super) async fn export(context: &Context, args: ExportArgs) -> Result<Exit, 
 /// All that somebody needs who finds nothing but this page and the repository.
 fn page(context: &Context, key: &KeyFile, lines: &SecretString) -> Result<SecretString, CliError> {
     let config = context.config()?;
-    let of_realm: Vec<String> = wanted(context, &config)?
-        .into_iter()
-        .map(|place| format!("  {:<12} {}", place.name, place.place))
-        .collect();
+    let of_realm: Vec<String> =
+        wanted(context, &config)?.into_iter().map(|place| format!("  {:<12} {}", place.name, place.place)).collect();
     let clusters: Vec<&str> = config.clusters.iter().map(|cluster| cluster.name_in_repository.as_str()).collect();
     let mut page = Zeroizing::new(String::with_capacity(16 << 10)); // enough: growing would leave a copy behind
     page.push_str(&format!(
