@@ -52,7 +52,7 @@ fn p4_history_is_recorded_and_tampering_shows() {
 
     // A head from the daemon's log, kept elsewhere.
     let log = rig.log();
-    let head = log.lines().filter(|line| line.contains("event: ")).last().and_then(|line| {
+    let head = log.lines().rfind(|line| line.contains("event: ")).and_then(|line| {
         let (_, rest) = line.split_once("head=")?;
         Some(rest.split_whitespace().next()?.to_owned())
     });
