@@ -361,6 +361,7 @@ fn the_command_archives_the_wal_it_needs_and_prints_what_it_made() {
         repository: "main",
         place: pgkeep::config::NewPlace::Directory(&repository_dir),
         key_file: &key_file,
+        write_only: false,
     };
     ok(fs::write(&config, ok(template.render(&config))));
     runtime().block_on(async {

@@ -43,6 +43,8 @@ pub enum Object {
     StoreVerdict(Second),
     /// `keys/<key id>`: a content key or the realm's meta key in its envelope; the meta key's id begins `ffffffff`.
     Key(Id128),
+    /// `keys/recipients/000001`: for whom content keys are wrapped; the greatest number counts.
+    Recipients(u32),
     /// An object of one cluster: `<cluster>/<system id>/…`.
     Of(ClusterId, ClusterObject),
 }
@@ -457,6 +459,7 @@ impl fmt::Display for Object {
             Object::Format(number) => write!(f, "format/{number:04}.json"),
             Object::StoreVerdict(Second(second)) => write!(f, "format/store-{second}.json"),
             Object::Key(id) => write!(f, "keys/{id}"),
+            Object::Recipients(number) => write!(f, "keys/recipients/{number:06}"),
             Object::Of(cluster, object) => write!(f, "{cluster}/{object}"),
         }
     }
@@ -536,7 +539,10 @@ fn parse_object(stem: &str) -> Option<Object> {
                 None => Some(Object::Format(stem.parse().ok()?)),
             }
         }
-        "keys" => Some(Object::Key(rest.parse().ok()?)),
+        "keys" => match rest.strip_prefix("recipients/") {
+            Some(number) => Some(Object::Recipients(six_digits(number)?)),
+            None => Some(Object::Key(rest.parse().ok()?)),
+        },
         name => {
             let (system, rest) = rest.split_once('/')?;
             let cluster = ClusterId { name: name.parse().ok()?, system: system.parse().ok()? };

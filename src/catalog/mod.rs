@@ -4,6 +4,7 @@
 //! - [`records`] is what we write down, as JSON under the meta key, [`table`] the files of a base backup, [`tags`] its blocks;
 //! - [`Repository`] is a repository opened with its key; [`writer`] puts objects into it, [`reader`] gets them out;
 //! - [`backups`] tells what the base backups share, and whether all that one names is there;
+//! - [`keys`] are its content keys and for whom they are wrapped; [`events`] what was done, chained by digest;
 //! - [`survey`] is everything of a cluster that retention judges; [`retention`] what it writes down;
 //! - [`copy`] brings them from one repository into another;
 //! - [`inventory`] is a picture of what is there, in plain values; [`load`] takes it.
@@ -15,9 +16,11 @@ pub mod backups;
 mod branches;
 pub mod copy;
 mod error;
+pub mod events;
 pub mod index;
 pub mod inventory;
 mod join;
+pub mod keys;
 mod kinds;
 pub mod layout;
 pub mod load;

@@ -5,7 +5,6 @@
 //! Crash: a repository whose creation was cut off is completed by creating it again. A content key may be left unused.
 //! Cancellation: every future may be dropped; what it was putting is there whole or not at all.
 
-use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,6 +13,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::CatalogError;
+use super::keys::KeyRing;
 use super::kinds::kind_of;
 use super::layout::{ClusterObject, Name, Object, folder};
 use super::off_thread::off_thread;
@@ -71,30 +71,11 @@ struct Inner {
     name: String,
     store: Arc<dyn Store>,
     format: RepositoryFormat,
-    keys: KeyFile,
+    keys: KeyRing,
     writer: Id128,
     clock: Clock,
-    short_lived: bool,
-    /// Held across the search for a key of the day, so that two tasks do not make two.
-    writing: tokio::sync::Mutex<Option<WritingKey>>,
-    reading: Mutex<HashMap<Id128, ContentKey>>,
-    /// Content keys that are known to be durable here.
-    durable_keys: Mutex<HashSet<Id128>>,
     /// The latest moment of the store's own clock that any listing has shown: it is at least as late there now.
     store_time: Mutex<Timestamp>,
-}
-
-/// A content key to write with, and its envelope, which has to be durable before anything that it sealed.
-#[derive(Clone)]
-pub struct WritingKey {
-    pub(super) key: ContentKey,
-    pub(super) envelope: Bytes,
-}
-
-impl fmt::Debug for WritingKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "WritingKey({})", self.key.id())
-    }
 }
 
 impl fmt::Debug for Repository {
@@ -142,9 +123,9 @@ pub fn random_id() -> Result<Id128, CatalogError> {
     Ok(Id128::new(bytes))
 }
 
-/// Whether its frames are data, which only who holds an identity may read, or what an archiver reads back.
-pub(super) fn is_data(object: &ClusterObject) -> bool {
-    match kind_of(object) {
+/// Whether the frames of this kind are data, which only who holds an identity may read, or what an archiver reads back.
+pub(super) fn is_data(kind: Kind) -> bool {
+    match kind {
         Kind::WalRange | Kind::WalTail | Kind::WalFile | Kind::Pack => true,
         Kind::Record
         | Kind::History
@@ -243,30 +224,14 @@ impl Repository {
     ) -> Result<Repository, CatalogError> {
         let format = read_format(name, store.as_ref()).await?;
         check_realm(name, &format, &keys)?;
-        let meta = key_of(name, &Name::new(Object::Key(format.meta_key)))?;
-        let envelope = match store.get(&meta, None).await {
-            Ok(envelope) => envelope,
-            Err(StoreError::NotFound { .. }) => {
-                return Err(CatalogError::NoMetaKey { repository: name.to_owned(), name: meta.to_string() });
-            }
-            Err(source) => return Err(CatalogError::Store { repository: name.to_owned(), source }),
-        };
-        keys.check_meta_key(format.realm, &envelope).map_err(|source| CatalogError::Sealed {
-            repository: name.to_owned(),
-            name: meta.to_string(),
-            source,
-        })?;
+        check_meta_key(name, store.as_ref(), &format, &keys).await?;
         Ok(Repository(Arc::new(Inner {
             name: name.to_owned(),
             store,
             format,
-            keys,
+            keys: KeyRing::new(keys, usage.short_lived),
             writer: usage.writer,
             clock: usage.clock,
-            short_lived: usage.short_lived,
-            writing: tokio::sync::Mutex::default(),
-            reading: Mutex::default(),
-            durable_keys: Mutex::default(),
             store_time: Mutex::default(),
         })))
     }
@@ -298,7 +263,11 @@ impl Repository {
 
     /// Whether the key opens data, or only what an archiver reads back.
     pub fn can_read(&self) -> bool {
-        self.0.keys.can_read()
+        self.0.keys.file.can_read()
+    }
+
+    pub(super) fn keys(&self) -> &KeyRing {
+        &self.0.keys
     }
 
     /// Now, by the clock that was handed in.
@@ -317,7 +286,7 @@ impl Repository {
 
     /// The key that seals what an archiver reads back.
     pub fn meta_key(&self) -> &MetaKey {
-        self.0.keys.meta_key()
+        self.0.keys.file.meta_key()
     }
 
     /// The clusters that have anything here.
@@ -345,117 +314,6 @@ impl Repository {
     }
 
     // ---- keys
-
-    /// The content key to write with: made for this run and day when first asked for. A [`Usage::short_lived`] process
-    /// takes one of the day that it can open, if there is one.
-    ///
-    /// # Errors
-    /// [`CatalogError::UnknownFeature`] where this version must not write; [`CatalogError::Sealing`].
-    pub async fn writing_key(&self) -> Result<WritingKey, CatalogError> {
-        self.check_writable()?;
-        let day = self.now().as_second().div_euclid(86_400);
-        let day = u32::try_from(day.max(0)).unwrap_or(u32::MAX - 1); // a clock before 1970 or beyond reason
-        let mut writing = self.0.writing.lock().await;
-        if let Some(key) = writing.as_ref().filter(|key| key.key.day() == day) {
-            return Ok(key.clone());
-        }
-        let found = if self.0.short_lived && self.can_read() { self.key_of_day(day).await? } else { None };
-        let key = match found {
-            Some(key) => key,
-            None => {
-                let sealing = |source| CatalogError::Sealing { name: "a content key".to_owned(), source };
-                let key = ContentKey::generate(day).map_err(sealing)?;
-                let envelope = self.0.keys.wrap_content_key(self.realm(), &key).map_err(sealing)?;
-                WritingKey { key, envelope: envelope.into() }
-            }
-        };
-        guard(&self.0.reading).insert(key.key.id(), key.key.clone());
-        *writing = Some(key.clone());
-        Ok(key)
-    }
-
-    async fn key_of_day(&self, day: u32) -> Result<Option<WritingKey>, CatalogError> {
-        let listed = pages(self.0.store.as_ref(), ListRequest::flat(folder::keys_of_day(day))).await;
-        for object in listed.map_err(|source| self.in_store(source))?.objects {
-            let Ok(Name { object: Object::Key(id), copy: None }) = Name::parse(object.key.as_str()) else { continue };
-            let Ok(envelope) = self.0.store.get(&object.key, None).await else { continue };
-            // One that is damaged or for other recipients is no reason not to write.
-            if let Ok(key) = self.0.keys.unwrap_content_key(self.realm(), id, &envelope) {
-                guard(&self.0.durable_keys).insert(id);
-                return Ok(Some(WritingKey { key, envelope }));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Makes a content key's envelope durable here, before the first object that it sealed.
-    ///
-    /// # Errors
-    /// What the store says.
-    pub async fn ensure_key(&self, key: &WritingKey) -> Result<(), CatalogError> {
-        let id = key.key.id();
-        if guard(&self.0.durable_keys).contains(&id) {
-            return Ok(());
-        }
-        self.put_bytes(&Name::new(Object::Key(id)), Body::from(key.envelope.clone())).await?;
-        guard(&self.0.durable_keys).insert(id);
-        Ok(())
-    }
-
-    /// Makes the envelope of a content key of the same realm durable here, before the first object that it sealed is
-    /// copied. It is genuine, or nothing is put.
-    pub(super) async fn copy_key(&self, from: &Repository, id: Id128) -> Result<(), CatalogError> {
-        if guard(&self.0.durable_keys).contains(&id) {
-            return Ok(());
-        }
-        let name = Name::new(Object::Key(id));
-        let genuine = |repository: &Repository, envelope: &Bytes| {
-            match repository.0.keys.unwrap_content_key(repository.realm(), id, envelope) {
-                // The MAC was checked before; who may read it is not the copy's business.
-                Ok(_) | Err(SealError::WriteOnly | SealError::NotARecipient { .. }) => Ok(()),
-                Err(source) => Err(repository.sealed(&name, source)),
-            }
-        };
-        let envelope = from.get_bytes(&name, None).await;
-        let envelope = envelope.map_err(|error| match error.is_not_found() {
-            true => from.inconsistent(&name, "this content key is missing; what it sealed cannot be read"),
-            false => error,
-        })?;
-        genuine(from, &envelope)?;
-        match self.put_bytes(&name, Body::from(envelope)).await {
-            Ok(_) => {}
-            // Wrapped another time, for other recipients: as good, if it is one.
-            Err(CatalogError::Store { source: StoreError::Conflict { .. }, .. }) => {
-                genuine(self, &self.get_bytes(&name, None).await?)?;
-                self.sync_object(&name).await?;
-            }
-            Err(error) => return Err(error),
-        }
-        guard(&self.0.durable_keys).insert(id);
-        Ok(())
-    }
-
-    /// A content key to read with; kept, so that it is fetched and opened once.
-    ///
-    /// # Errors
-    /// [`CatalogError::Sealed`] naming the key's object; [`SealError::WriteOnly`] within, where the key file cannot read.
-    pub async fn reading_key(&self, id: Id128) -> Result<ContentKey, CatalogError> {
-        if let Some(key) = guard(&self.0.reading).get(&id) {
-            return Ok(key.clone());
-        }
-        let name = Name::new(Object::Key(id));
-        let envelope = match self.get_bytes(&name, None).await {
-            // Not "the object is not there": the object is, and its key is lost.
-            Err(error) if error.is_not_found() => {
-                return Err(self.inconsistent(&name, "this content key is missing; what it sealed cannot be read"));
-            }
-            envelope => envelope?,
-        };
-        let key = self.0.keys.unwrap_content_key(self.realm(), id, &envelope);
-        let key = key.map_err(|source| self.sealed(&name, source))?;
-        guard(&self.0.reading).insert(id, key.clone());
-        Ok(key)
-    }
 
     /// Refuses where the repository needs a writer that this version is not.
     ///
@@ -656,25 +514,66 @@ impl Repository {
     /// [`CatalogError::is_not_found`], or damage that names the object.
     pub async fn get_record<T: Record>(&self, cluster: &ClusterId, object: ClusterObject) -> Result<T, CatalogError> {
         let kind = kind_of(&object);
-        let name = name_of(cluster, object);
-        let opened = self.get_object(&name, kind).await?;
+        self.get_named_record(&name_of(cluster, object), kind).await
+    }
+
+    /// The same for any object.
+    pub(super) async fn get_named_record<T: Record>(&self, name: &Name, kind: Kind) -> Result<T, CatalogError> {
+        let opened = self.get_object(name, kind).await?;
         records::from_json(&opened.plaintext).map_err(|source| self.record(&opened.name, source))
+    }
+
+    /// Writes a record under a name that nobody has, or that has the same record.
+    ///
+    /// # Errors
+    /// [`CatalogError::Taken`] where the name holds another.
+    pub(super) async fn put_named_record<T: Record + PartialEq>(
+        &self,
+        name: &Name,
+        kind: Kind,
+        record: &T,
+        note: Vec<u8>,
+    ) -> Result<Created, CatalogError> {
+        let json = records::to_json(record).map_err(|source| self.record(name, source))?;
+        let body = self.seal_whole(name, kind, json, note).await?;
+        if self.names_are_shared() {
+            return self.put_record_beside(name, kind, body, record).await;
+        }
+        match self.put_bytes(name, body).await {
+            Err(CatalogError::Store { source: StoreError::Conflict { .. }, .. }) => {
+                // Sealing is random, so even our own record of an earlier try differs as bytes: compare what it says.
+                let theirs: T = match self.get_named_record(name, kind).await {
+                    // A record of another kind: a tombstone in a manifest's place.
+                    Err(CatalogError::Record { source: records::RecordError::Other { .. }, .. }) => {
+                        return Err(self.taken(name));
+                    }
+                    theirs => theirs?,
+                };
+                if theirs != *record {
+                    return Err(self.taken(name));
+                }
+                match self.sync_object(name).await {
+                    Err(error) if !error.is_not_found() => Err(error),
+                    _ => Ok(Created::AlreadyThere), // it was read from a copy, or is durable now
+                }
+            }
+            created => created,
+        }
     }
 
     /// Seals an object that is at hand; the key is what seals its frames if it is data.
     pub(super) async fn seal_whole(
         &self,
         name: &Name,
-        object: &ClusterObject,
+        kind: Kind,
         plaintext: Vec<u8>,
         note: Vec<u8>,
     ) -> Result<Body, CatalogError> {
-        let key = if is_data(object) { Some(self.writing_key().await?) } else { None };
+        let key = if is_data(kind) { Some(self.writing_key().await?) } else { None };
         if let Some(key) = &key {
             self.ensure_key(key).await?;
         }
-        let (meta, realm, kind, bound) =
-            (self.meta_key().clone(), self.realm(), kind_of(object), name.object.to_string());
+        let (meta, realm, bound) = (self.meta_key().clone(), self.realm(), name.object.to_string());
         let (heavy, repository) = (plaintext.len() > HEAVY, self.bound_to(kind));
         let seal = move || {
             let binding = Binding { realm, repository, kind, name: &bound };
@@ -695,7 +594,7 @@ pub(super) struct Opened {
     pub note: Bytes,
 }
 
-fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner) // inserts of whole values only: never half changed
 }
 
@@ -704,6 +603,42 @@ fn key_of(repository: &str, name: &Name) -> Result<Key, CatalogError> {
         name: format!("repository {repository}: {name}"),
         reason: error.to_string(),
     })
+}
+
+/// Checks that the meta key is this realm's, by its envelope or another copy of it.
+async fn check_meta_key(
+    repository: &str,
+    store: &dyn Store,
+    format: &RepositoryFormat,
+    keys: &KeyFile,
+) -> Result<(), CatalogError> {
+    let in_store = |source| CatalogError::Store { repository: repository.to_owned(), source };
+    let object = Object::Key(format.meta_key);
+    let meta = key_of(repository, &Name::new(object.clone()))?;
+    let sealed = |source| CatalogError::Sealed { repository: repository.to_owned(), name: meta.to_string(), source };
+    let first = match store.get(&meta, None).await {
+        Ok(envelope) => match keys.check_meta_key(format.realm, &envelope) {
+            Ok(()) => return Ok(()),
+            Err(source) => sealed(source),
+        },
+        Err(StoreError::NotFound { .. }) => {
+            CatalogError::NoMetaKey { repository: repository.to_owned(), name: meta.to_string() }
+        }
+        Err(source) => return Err(in_store(source)),
+    };
+    let listed = pages(store, ListRequest::flat(object.to_string())).await.map_err(in_store)?.objects;
+    let is_copy = |key: &Key| Name::parse(key.as_str()).is_ok_and(|name| name.object == object && name.copy.is_some());
+    for copy in listed.iter().map(|listed| &listed.key).filter(|key| is_copy(key)) {
+        match store.get(copy, None).await {
+            Ok(envelope) if keys.check_meta_key(format.realm, &envelope).is_ok() => {
+                tracing::warn!(object = %meta, %copy, "read from a copy: {first}");
+                return Ok(());
+            }
+            Ok(_) | Err(StoreError::NotFound { .. }) => {}
+            Err(source) => return Err(in_store(source)),
+        }
+    }
+    Err(first)
 }
 
 /// Creates the file that says what a repository is; `false` where somebody else did it in this moment.

@@ -1,7 +1,9 @@
 //! The room against real stores: memory, and a directory where it matters.
 
 mod copy;
+mod events;
 mod inventory;
+mod keys;
 mod repository;
 mod resume;
 mod sharing;

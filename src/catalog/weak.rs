@@ -25,7 +25,6 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 
 use super::CatalogError;
-use super::kinds::kind_of;
 use super::layout::{ClusterObject, CopyToken, Name, Object};
 use super::reader::Piece;
 use super::records::{self, Record};
@@ -206,19 +205,19 @@ impl Repository {
     pub(super) async fn put_record_beside<T: Record + PartialEq>(
         &self,
         name: &Name,
-        object: &ClusterObject,
+        kind: Kind,
         body: Body,
         record: &T,
     ) -> Result<Created, CatalogError> {
         let ours = own_name(name, &header_of(&body));
-        if self.same_record_beside(name, &ours, object, record).await? {
+        if self.same_record_beside(name, &ours, kind, record).await? {
             return Ok(Created::AlreadyThere);
         }
         match self.put_bytes(&ours, body).await {
             Err(CatalogError::Store { source: StoreError::Conflict { .. }, .. }) => return Err(self.taken(&ours)),
             created => created?,
         };
-        match self.same_record_beside(name, &ours, object, record).await {
+        match self.same_record_beside(name, &ours, kind, record).await {
             Ok(true) => Ok(Created::AlreadyThere),
             Ok(false) => Ok(Created::New),
             Err(error) => {
@@ -235,7 +234,7 @@ impl Repository {
         &self,
         name: &Name,
         ours: &Name,
-        object: &ClusterObject,
+        kind: Kind,
         record: &T,
     ) -> Result<bool, CatalogError> {
         let mut same = None;
@@ -243,7 +242,7 @@ impl Repository {
             if other == *ours {
                 continue;
             }
-            let theirs = match self.get_one(&other, kind_of(object)).await {
+            let theirs = match self.get_one(&other, kind).await {
                 Ok(opened) => {
                     records::from_json::<T>(&opened.plaintext).map_err(|source| self.record(&opened.name, source))
                 }

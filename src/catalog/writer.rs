@@ -12,10 +12,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 
 use super::CatalogError;
+use super::keys::WritingKey;
 use super::kinds::kind_of;
 use super::layout::{ClusterObject, ContentTag, CopyToken, Disputed, KeptFile, Name, RangeName, SegmentName};
 use super::records::{self, BackupInfo, ConflictNote, FileNote, Manifest, Record, WalRangeNote};
-use super::repository::{Repository, WritingKey, is_data, name_of, random_id};
+use super::repository::{Repository, is_data, name_of, random_id};
 use super::weak::{Puts, own_name};
 use crate::seal::{Codec, FrameKey, Kind, ObjectSealer, SequentialSealer, open_whole};
 use crate::store::{Body, Created, StoreError, Tail};
@@ -420,7 +421,7 @@ impl Repository {
     /// As [`Repository::writing_key`].
     pub async fn seal_object(&self, cluster: &ClusterId, object: ClusterObject) -> Result<ObjectWriter, CatalogError> {
         self.check_writable()?;
-        let key = if is_data(&object) { Some(self.writing_key().await?) } else { None };
+        let key = if is_data(kind_of(&object)) { Some(self.writing_key().await?) } else { None };
         let kind = kind_of(&object);
         self.writer_for(name_of(cluster, object), kind, key)
     }
@@ -540,32 +541,8 @@ impl Repository {
         record: &T,
         note: Vec<u8>,
     ) -> Result<Created, CatalogError> {
-        let name = name_of(cluster, object.clone());
-        let json = records::to_json(record).map_err(|source| self.record(&name, source))?;
-        let body = self.seal_whole(&name, &object, json, note).await?;
-        if self.names_are_shared() {
-            return self.put_record_beside(&name, &object, body, record).await;
-        }
-        match self.put_bytes(&name, body).await {
-            Err(CatalogError::Store { source: StoreError::Conflict { .. }, .. }) => {
-                // Sealing is random, so even our own record of an earlier try differs as bytes: compare what it says.
-                let theirs: T = match self.get_record(cluster, object).await {
-                    // A record of another kind: a tombstone in a manifest's place.
-                    Err(CatalogError::Record { source: records::RecordError::Other { .. }, .. }) => {
-                        return Err(self.taken(&name));
-                    }
-                    theirs => theirs?,
-                };
-                if theirs != *record {
-                    return Err(self.taken(&name));
-                }
-                match self.sync_object(&name).await {
-                    Err(error) if !error.is_not_found() => Err(error),
-                    _ => Ok(Created::AlreadyThere), // it was read from a copy, or is durable now
-                }
-            }
-            created => created,
-        }
+        let kind = kind_of(&object);
+        self.put_named_record(&name_of(cluster, object), kind, record, note).await
     }
 
     /// Writes the manifest, which makes a base backup exist. Its head is in the footer too, for lists.
@@ -752,7 +729,7 @@ impl Repository {
         let opened = open_whole(self.meta_key(), key, &self.binding(object.kind, &bound), &bytes);
         let (plaintext, _) = opened.map_err(|source| self.sealed(&object.name, source))?;
         let json = conflict_note(note).map_err(|source| self.record(&name, source))?;
-        let body = self.seal_whole(&name, &aside, plaintext, json).await?;
+        let body = self.seal_whole(&name, kind_of(&aside), plaintext, json).await?;
         match self.put_bytes(&name, body).await {
             Ok(_) => Ok(put),
             Err(CatalogError::Store { source: StoreError::Conflict { .. }, .. }) => {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Parser, Subcommand};
 
-use super::{backup, check, copy, demo, expire, hold, index, init, list, log, plan, restore, run, wal};
+use super::{backup, check, copy, demo, events, expire, hold, index, init, key, list, log, plan, restore, run, wal};
 use crate::plan::TimelineChoice;
 use crate::types::BackupLabel;
 
@@ -83,6 +83,10 @@ pub enum Command {
     Expire(expire::Args),
     /// Keep something whatever the policy says
     Hold(hold::Hold),
+    /// Keys over time: who can read, recovery sheets
+    Key(key::Key),
+    /// Show what was done and decided, and whether all of it is still there
+    Events(events::Args),
     /// Care for the index that `log` searches
     Index(index::Index),
     /// Show the whole story on a throwaway cluster, in a minute

@@ -8,7 +8,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use serde::Serialize;
 
-use super::copy::{copy_error, copy_with_progress, exit_of};
+use super::copy::{copy_error, copy_with_progress, exit_of, note_copied};
 use super::output::{Progress, bytes, bytes_per_second, count, duration};
 use super::several::{self, Away};
 use super::{CliError, Context, Exit, bucket, open, stop_on_signal};
@@ -18,6 +18,7 @@ use crate::archive::{ClusterStatus, archive};
 use crate::backup::cut::Counts;
 use crate::backup::{BackupError, BackupOptions, BackupPhase, BackupProgress, BackupSource, ParentChoice, backup};
 use crate::catalog::Repository;
+use crate::catalog::events::Happened;
 use crate::catalog::records::{BackupInfo, Manifest};
 use crate::catalog::relations::RelationNames;
 use crate::config::{ClusterConfig, Config, RepositoryConfig};
@@ -112,6 +113,7 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
         }
     };
     let took = bar.finish();
+    note(&repository, &cluster.name_in_repository, &manifest).await;
     let manifest = manifest.map_err(|error| error.context(format!("back up cluster {}", cluster.name)))?;
     let info = &manifest.backup;
     if let Some(reason) = &info.flagged {
@@ -292,11 +294,31 @@ pub(super) async fn copy_to(
     let plan = copy::plan(&source, &target, &copy::Selection::Backup(label));
     let what = format!("copying to {}", to.name());
     let copied = copy_with_progress(context, from, &to, &source, &plan, &what).await.map_err(told)?;
+    note_copied(from, &to, &id, &copied).await;
     let problems = copied.problems.iter().map(|problem| format!("{}: {}", problem.what, problem.why));
     let why: Vec<String> = plan.missing.iter().cloned().chain(problems).collect();
     match exit_of(&plan, &copied) {
         Exit::Done => Ok(()),
         exit => Err((exit, why.join("; "))),
+    }
+}
+
+/// Notes among the events how a base backup ended.
+pub(super) async fn note(repository: &Repository, cluster: &ClusterName, manifest: &Result<Manifest, CliError>) {
+    let event = match manifest {
+        Ok(Manifest { backup, .. }) => {
+            let BackupInfo { label, bytes, stored_bytes, .. } = *backup;
+            Happened::BackupFinished { label, bytes, stored_bytes, flagged: backup.flagged.clone() }
+        }
+        Err(error) => Happened::BackupFailed { reason: error.sentence() },
+    };
+    let ids = match manifest {
+        Ok(manifest) => vec![ClusterId { name: cluster.clone(), system: manifest.backup.system }],
+        // Whose it would have been is not known: the cluster's that is there. One of which nothing is there has no history.
+        Err(_) => repository.clusters_named(cluster).await.unwrap_or_default(),
+    };
+    if let [id] = ids.as_slice() {
+        repository.note_event(id, event).await;
     }
 }
 

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use super::output::{bytes, count};
 use super::{CliError, Context, Exit, open, stop_on_signal};
 use crate::catalog::Repository;
+use crate::catalog::events::Happened;
 use crate::config::RepositoryConfig;
 use crate::copy::{
     self, Copied, CopyError, CopyPlan, CopyProgress, Holding, ProblemKind, Selection, Step, ends_of_window,
@@ -121,6 +122,7 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
         }
         copied = copy_with_progress(context, &from, &to, &source, &plan, "copying") => copied?,
     };
+    note_copied(&from, &to, &cluster, &copied).await;
     for problem in &copied.problems {
         context.output.line(format!("NOT COPIED {}: {}", problem.what, problem.why));
     }
@@ -211,6 +213,14 @@ pub(super) async fn copy_with_progress(
         let error = copy_error(error);
         if again { error.hint("run the same command again: it goes on where it was") } else { error }
     })
+}
+
+/// Among the events of the target, if anything was copied.
+pub(super) async fn note_copied(from: &Repository, to: &Repository, cluster: &ClusterId, copied: &Copied) {
+    let Copied { segments, backups, others, bytes, .. } = *copied;
+    if segments + backups + others > 0 {
+        to.note_event(cluster, Happened::Copied { from: from.name().to_owned(), backups, bytes }).await;
+    }
 }
 
 /// What was copied, in a sentence.

@@ -11,6 +11,7 @@ use super::output::{bytes, count, time};
 use super::several::{Away, open_all};
 use super::{CliError, Context, Exit, open};
 use crate::catalog::Repository;
+use crate::catalog::events::Happened;
 use crate::catalog::retention::RecordedExpiry;
 use crate::config::{ClusterConfig, Config, Keep as KeepConfig};
 use crate::daemon::expire::Expirer;
@@ -167,6 +168,7 @@ async fn one(
         (decision, None, survey.expiries)
     } else {
         let (decision, swept) = sweep(repository, id, policy).await.map_err(open::repository_error)?;
+        note(repository, id, &swept).await;
         let recorded = repository.expiries(id).await.map_err(open::repository_error)?.0;
         (decision, Some(swept), recorded)
     };
@@ -327,6 +329,7 @@ impl Expirer for Expiring<'_> {
                 for id in ids.map_err(open::repository_error)? {
                     let (decision, done) = sweep(&repository, &id, &policy).await.map_err(open::repository_error)?;
                     tell(&repository, &id, &decision, &done);
+                    note(&repository, &id, &done).await;
                 }
                 Ok::<(), CliError>(())
             };
@@ -335,6 +338,16 @@ impl Expirer for Expiring<'_> {
             }
         }
         if failed.is_empty() { Ok(()) } else { Err(failed.join("; ")) }
+    }
+}
+
+/// Among the events, if anything was done.
+async fn note(repository: &Repository, id: &ClusterId, done: &Swept) {
+    let Swept { condemned, manifests, given_up, objects, bytes, .. } = done;
+    if *objects > 0 || [condemned, manifests, given_up].into_iter().any(|labels| !labels.is_empty()) {
+        let (condemned, removed, given_up) = (condemned.clone(), manifests.clone(), given_up.clone());
+        let event = Happened::Expired { condemned, removed, given_up, objects: *objects, bytes: *bytes };
+        repository.note_event(id, event).await;
     }
 }
 

@@ -9,6 +9,7 @@ use super::output::{Align, Table, time};
 use super::several::{Away, open_all};
 use super::{CliError, Context, Exit, open};
 use crate::catalog::Repository;
+use crate::catalog::events::Happened;
 use crate::catalog::retention::{Held, Hold as Recorded, HoldRecord};
 use crate::plan::{Point, Target, TargetReading};
 use crate::restore::{RestoreError, find_cluster};
@@ -207,6 +208,8 @@ impl Work<'_> {
         let (made_at, writer) = (self.repository.now(), self.repository.writer());
         let record = HoldRecord { held: *held, reason: reason.clone(), until: *until, made_at, writer };
         let hold = self.repository.put_hold(self.id, &record).await.map_err(open::repository_error)?;
+        let event = Happened::HoldAdded { hold, held: *held, reason: reason.clone(), until: *until };
+        self.repository.note_event(self.id, event).await;
         let until = until.map(|until| format!(" until {}", time(until))).unwrap_or_default();
         output.line(format!("Hold {hold} in repository {name}: {}{until}", what(held)));
         Ok(true)
@@ -220,6 +223,7 @@ impl Work<'_> {
             return Ok(false);
         }
         self.repository.release_hold(self.id, hold).await.map_err(open::repository_error)?;
+        self.repository.note_event(self.id, Happened::HoldReleased { hold }).await;
         output.line(format!("Hold {hold} in repository {name} is released"));
         Ok(true)
     }

@@ -20,7 +20,7 @@ use crate::archive::Source;
 use crate::catalog::{CatalogError, Repository};
 use crate::config::{self, ClusterConfig, Config, KeyOrigin, KeySource, NewPlace, Place, RepositoryConfig, Template};
 use crate::pg::{ConnInfo, ConnectOptions, PgError, Replication, ServerErrorKind, Session};
-use crate::seal::KeyFile;
+use crate::seal::{KeyFile, Recipient};
 use crate::store::fs::FsStore;
 use crate::store::s3::S3Store;
 use crate::store::{ListRequest, Store, StoreError};
@@ -40,11 +40,15 @@ Writes the configuration file (--config, else $PGKEEP_CONFIG, else ./pgkeep.toml
 read, creates the repository and the replication slot, and prints the SQL and the pg_hba.conf line that are missing. \
 What exists already is kept; running it again is safe.
 
+With --write-only the host gets a key that archives, resumes, takes base backups and expires, and cannot read what it \
+wrote. Take the identity file away from it: restoring needs that one.
+
 A bucket has to be there already; credentials are found as the provider's other tools find them, or in the files that \
 are named. What its server can do is found out, and said.
 
 Examples:
   pgkeep init --pg 'host=/run/postgresql user=postgres' --repo /srv/pgkeep
+  pgkeep init --pg 'host=/run/postgresql user=postgres' --repo /srv/pgkeep --write-only
   pgkeep init --pg 'host=/run/postgresql user=postgres' --repo s3://bucket/prefix --region eu-central-1
   pgkeep init --pg 'host=/run/postgresql user=postgres' --repo s3://bucket --endpoint https://minio.example:9000")]
 pub struct Args {
@@ -63,9 +67,29 @@ pub struct Args {
     /// Where the key goes [default: NAME.key beside the configuration file]
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
+    /// Make a key that archives and takes backups and cannot read a row; the one that reads goes into --identity-file
+    #[arg(long)]
+    pub write_only: bool,
+    /// With --write-only: seal for this age recipient, whose identity was made elsewhere, so that it never is on this host;
+    /// may be said several times
+    #[arg(long, value_name = "RECIPIENT", requires = "write_only")]
+    pub recipient: Vec<Recipient>,
+    /// With --write-only: where the key file that reads goes [default: NAME.identity.key beside the configuration file]
+    #[arg(long, value_name = "FILE", requires = "write_only", conflicts_with = "recipient")]
+    pub identity_file: Option<PathBuf>,
     /// Do not ask
     #[arg(short, long)]
     pub yes: bool,
+}
+
+/// What kind of key is to be made.
+enum KeyWish {
+    /// One that reads and writes.
+    Whole,
+    /// One that writes, and one that reads in this file.
+    Split(PathBuf),
+    /// One that writes, for these.
+    WriteFor(Vec<Recipient>),
 }
 
 /// How a bucket is reached: what `init` writes into the file.
@@ -147,7 +171,7 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
     let mut done = Done::new(&wish, &found);
     let key = match found.key {
         Some(key) => key,
-        None => make_key(&wish)?,
+        None => make_key(&wish).await?,
     };
     let (store, findings) = make_place(&wish.place.place).await?;
     done.store = findings;
@@ -171,6 +195,7 @@ struct Wish {
     config_text: String,
     cluster: ClusterConfig,
     place: RepositoryConfig,
+    key: KeyWish,
 }
 
 impl Wish {
@@ -185,6 +210,12 @@ impl Wish {
         let repository = context.repository_name().unwrap_or(DEFAULT_NAME).to_owned();
         let beside = || file.with_file_name(format!("{repository}.key"));
         let key_file = absolute(&args.key_file.clone().unwrap_or_else(beside))?;
+        let identity_beside = || file.with_file_name(format!("{repository}.identity.key"));
+        let key = match (args.write_only, args.recipient.as_slice()) {
+            (false, _) => KeyWish::Whole,
+            (true, []) => KeyWish::Split(absolute(&args.identity_file.clone().unwrap_or_else(identity_beside))?),
+            (true, recipients) => KeyWish::WriteFor(recipients.to_vec()),
+        };
         let directory = absolute(Path::new(&args.repo))?;
         let settings = args.bucket.settings(&args.repo)?;
         let new_place = match args.repo.contains("://") {
@@ -205,6 +236,7 @@ impl Wish {
             repository: &repository,
             place: new_place,
             key_file: &key_file,
+            write_only: args.write_only,
         };
         let config_text = template.render(&file)?;
         let config = Config::parse(&config_text, &file)?;
@@ -221,6 +253,7 @@ impl Wish {
             config_text,
             cluster,
             place,
+            key,
         })
     }
 
@@ -248,6 +281,14 @@ struct Server {
 async fn look(wish: &Wish) -> Result<Found, CliError> {
     let config_exists = same_configuration(wish)?;
     let key = existing_key(&wish.key_file, &wish.repository).await?;
+    if key.as_ref().is_some_and(KeyFile::can_read) && !matches!(wish.key, KeyWish::Whole) {
+        let sentence =
+            format!("{} is there and reads, and --write-only asks for one that does not", wish.key_file.display());
+        return Err(refused(sentence).hint(
+            "nothing was changed; move that key file to where backups are restored, and say --write-only --recipient with its \
+             recipient and another --key-file, for a new repository",
+        ));
+    }
     let (server, data_directory) = server(wish).await;
     let there = match &wish.place.place {
         Place::Directory(path) => {
@@ -469,6 +510,9 @@ async fn refuse_foreign(wish: &Wish, repository: &Repository, system: SystemId) 
 fn agreed(context: &Context, wish: &Wish, found: &Found) -> Result<bool, CliError> {
     let word = |there: bool| if there { "keep " } else { "write" };
     context.output.note(format!("{} the key         {}", word(found.key.is_some()), wish.key_file.display()));
+    if let (KeyWish::Split(path), None) = (&wish.key, &found.key) {
+        context.output.note(format!("{} the identity    {}", word(path.exists()), path.display()));
+    }
     context.output.note(format!("{} the repository  {}", word(found.repository_exists), wish.place.place));
     context.output.note(format!("{} the settings    {}", word(found.config_exists), wish.file.display()));
     context.output.note(format!("make  the slot        {:?} on {}", wish.slot, wish.conninfo.describe()));
@@ -478,14 +522,27 @@ fn agreed(context: &Context, wish: &Wish, found: &Found) -> Result<bool, CliErro
     Ok(matches!(answer.trim().to_ascii_lowercase().as_str(), "" | "y" | "yes"))
 }
 
-fn make_key(wish: &Wish) -> Result<KeyFile, CliError> {
-    let key = KeyFile::generate().map_err(CliError::failed)?;
+async fn make_key(wish: &Wish) -> Result<KeyFile, CliError> {
+    let key = match &wish.key {
+        KeyWish::Whole => KeyFile::generate().map_err(CliError::failed)?,
+        KeyWish::WriteFor(recipients) => KeyFile::generate_for(recipients.clone()).map_err(CliError::failed)?,
+        // The one that reads is durable before anything can be sealed that only it opens. A run that was cut off here left it.
+        KeyWish::Split(path) => match existing_key(path, &wish.repository).await? {
+            Some(whole) if whole.can_read() => whole.write_only(),
+            Some(_) => return Err(refused(format!("{} is there and is no key that reads", path.display()))),
+            None => {
+                let whole = KeyFile::generate().map_err(CliError::failed)?;
+                write_new(path, whole.render().expose_secret().as_bytes(), 0o600)?;
+                whole.write_only()
+            }
+        },
+    };
     write_new(&wish.key_file, key.render().expose_secret().as_bytes(), 0o600)?;
     Ok(key)
 }
 
 /// A file that is there whole or not at all, durably, and never replaces another. Made with mode 0600 from the start.
-fn write_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), CliError> {
+pub(super) fn write_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), CliError> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let write = || -> std::io::Result<()> {
         fs::create_dir_all(folder)?;
@@ -498,7 +555,7 @@ fn write_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), CliError> {
     };
     write().map_err(|error| match error.kind() {
         std::io::ErrorKind::AlreadyExists => {
-            refused(format!("{} appeared meanwhile: is another `pgkeep init` running?", path.display()))
+            refused(format!("{} is there already, and is not replaced", path.display()))
         }
         _ => failed("write", path, error),
     })
@@ -578,6 +635,11 @@ struct Done {
     config_made: bool,
     key_file: PathBuf,
     key_made: bool,
+    /// The key file that reads, of a key that only writes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    identity_file: Option<PathBuf>,
+    /// The key only writes.
+    write_only: bool,
     repository: String,
     repository_made: bool,
     /// What was found out about the store.
@@ -596,6 +658,11 @@ impl Done {
             config_made: !found.config_exists,
             key_file: wish.key_file.clone(),
             key_made: found.key.is_none(),
+            identity_file: match (&wish.key, &found.key) {
+                (KeyWish::Split(path), None) => Some(path.clone()),
+                _ => None,
+            },
+            write_only: found.key.as_ref().map_or(!matches!(wish.key, KeyWish::Whole), |key| !key.can_read()),
             repository: wish.place.place.to_string(),
             repository_made: !found.repository_exists,
             store: Vec::new(),
@@ -629,7 +696,21 @@ impl Done {
             )),
             (state, None) => output.line(format!("{}  slot           {}", word(state == SlotState::Made), self.slot)),
         }
-        if self.key_made {
+        if let (true, Some(identity)) = (self.key_made, &self.identity_file) {
+            output.line(format!(
+                "made  identity       {}\n\n\
+                 Take that file away from this host, now, and keep copies of it: restoring needs it, and nothing else does.\n\
+                 {} archives and takes backups with what it knows, and cannot read a row.",
+                identity.display(),
+                self.key_file.display()
+            ));
+        } else if self.key_made && self.write_only {
+            output.line(format!(
+                "\n{} archives and takes backups, and cannot read a row. To restore, put the identity's line\n\
+                 (AGE-SECRET-KEY-1…) into a copy of it, elsewhere. Keep a copy of both: without them nobody can read any of it.",
+                self.key_file.display()
+            ));
+        } else if self.key_made {
             output.line(format!(
                 "\nKeep a copy of {} somewhere else, now. Whoever has it and the repository can read everything;\n\
                  without it nobody can read any of it, you included, and nobody can make another.",

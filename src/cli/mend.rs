@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::backup::{copy_to, first_that_answers, note_names};
+use super::backup::{copy_to, first_that_answers, note, note_names};
 use super::several::open_all;
 use super::{CliError, Context};
 use crate::archive::Source;
@@ -62,7 +62,9 @@ impl<'a> Backups<'a> {
         let progress = watch::Sender::new(BackupProgress::default());
         let (cluster, options) = (&self.cluster.name_in_repository, BackupOptions::default());
         let manifest = backup(&source, &repository, cluster, &options, &progress, stop).await;
-        let manifest = manifest.map_err(super::backup::backup_error)?;
+        let manifest = manifest.map_err(super::backup::backup_error);
+        note(&repository, cluster, &manifest).await;
+        let manifest = manifest?;
         let names = note_names(&self.source, cluster, &repository, &manifest.backup).await;
         for other in self.config.repositories_of(self.cluster)? {
             if other.name == repository.name() || away.iter().any(|away| away.repository == other.name) {

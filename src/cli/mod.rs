@@ -7,6 +7,7 @@
 mod advice;
 pub mod args;
 mod bucket;
+mod chronicle;
 mod context;
 mod error;
 pub mod exit;
@@ -25,10 +26,12 @@ mod backup;
 mod check;
 mod copy;
 mod demo;
+mod events;
 mod expire;
 mod hold;
 mod index;
 mod init;
+mod key;
 mod list;
 mod log;
 mod plan;
@@ -148,6 +151,8 @@ async fn dispatch(context: &Context, command: Command) -> Result<Exit, CliError>
         Command::Copy(args) => copy::run(context, args).await,
         Command::Expire(args) => expire::run(context, args).await,
         Command::Hold(hold::Hold { what }) => hold::run(context, what).await,
+        Command::Key(key::Key { what }) => key::run(context, what).await,
+        Command::Events(args) => events::run(context, args).await,
         Command::Index(index::Index { what: index::Command::Rebuild(args) }) => index::rebuild(context, args).await,
         Command::Demo(args) => demo::run(context, args).await,
     }

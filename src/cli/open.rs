@@ -3,7 +3,7 @@
 //! The only place that puts the parts of a repository together: directory or bucket, limit, retry, keys.
 
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -20,6 +20,7 @@ use crate::store::fs::FsStore;
 use crate::store::limit::Limit;
 use crate::store::retry::{Retry, RetryPolicy};
 use crate::store::{Store, StoreError};
+use crate::types::Id128;
 
 /// Requests to one repository at the same time, at most.
 const AT_ONCE: usize = 16;
@@ -89,13 +90,21 @@ pub async fn key(source: &KeySource, repository: &str) -> Result<KeyFile, CliErr
     // `key_command` may take its time.
     let read = tokio::task::spawn_blocking(move || source.read(&name));
     let material = read.await.map_err(|error| CliError::failed(error).context("read the key"))??;
-    KeyFile::read(material.text.expose_secret().as_bytes(), material.passphrase.as_ref())
+    KeyFile::read(material.bytes.expose_secret(), material.passphrase.as_ref())
         .map_err(|error| CliError::usage(error).context(format!("read the key of repository {repository}")))
+}
+
+/// This run of pgkeep as a writer: one identity, however many repositories are opened and how often, so that its events
+/// are one chain in each.
+fn usage() -> Result<Usage, CliError> {
+    static WRITER: OnceLock<Id128> = OnceLock::new();
+    let usage = Usage::new().map_err(repository_error)?;
+    Ok(Usage { writer: *WRITER.get_or_init(|| usage.writer), ..usage })
 }
 
 /// Opens a repository with its key.
 pub async fn repository(config: &RepositoryConfig) -> Result<Repository, CliError> {
-    repository_for(config, Usage::new().map_err(repository_error)?).await
+    repository_for(config, usage()?).await
 }
 
 /// Opens a repository with its key, for a writer that is known already.
@@ -134,7 +143,7 @@ impl Opener for Configured {
 /// The repositories of a cluster. One that is down is tried again later, as long as another one can be opened; a key that
 /// cannot be had, or one that does not fit, is a mistake that is said now.
 async fn receivers(config: &Config, cluster: &ClusterConfig) -> Result<Receivers, CliError> {
-    let usage = Usage::new().map_err(repository_error)?;
+    let usage = usage()?;
     let places = config.repositories_of(cluster)?;
     let opened = futures_util::future::join_all(places.iter().map(|place| async {
         key(&place.key, &place.name).await?;

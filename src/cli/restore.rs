@@ -12,6 +12,7 @@ use super::output::{bytes, bytes_per_second, count, duration};
 use super::plan::{Asked, Found, Origin, restore_error};
 use super::{CliError, Context, Exit};
 use crate::catalog::Repository;
+use crate::catalog::events::Happened;
 use crate::catalog::relations::Names;
 use crate::plan::RestorePlan;
 use crate::restore::databases::Only;
@@ -121,7 +122,15 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
     // Expiry leaves alone what is being read, and for a day what recovery reads then.
     let repositories = std::iter::once(found.repository).chain(found.others.iter().copied());
     let restoring = restore::restore(&sources, resolved, &destination, action, &command, &add);
+    let (repository, backup) = (found.repository, plan.base.label);
+    let begun = Happened::RestoreBegun { target: args.target.target.clone(), backup };
+    repository.note_event(&asked.cluster, begun).await;
     let restored = leased(repositories.cloned().collect(), &asked.cluster, plan, restoring).await;
+    let event = match &restored {
+        Ok(restored) => Happened::RestoreFinished { backup, bytes: restored.bytes },
+        Err(error) => Happened::RestoreFailed { backup, reason: error.to_string() },
+    };
+    repository.note_event(&asked.cluster, event).await;
     let restored = restored.map_err(|error| {
         let unfinished = destination.pgdata.join(restore::UNFINISHED).exists();
         let error = restore_error(error);

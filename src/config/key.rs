@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use secrecy::SecretString;
+use secrecy::{SecretSlice, SecretString};
 use zeroize::Zeroizing;
 
 use super::ConfigError;
@@ -48,11 +48,11 @@ impl fmt::Display for KeyOrigin {
     }
 }
 
-/// The text of a key as it was found; `Debug` shows nothing of it.
+/// A key as it was found; `Debug` shows nothing of it.
 #[derive(Debug, Clone)]
 pub struct KeyMaterial {
-    /// The text of a key file, possibly protected by a passphrase.
-    pub text: SecretString,
+    /// The bytes of a key file: text, unless it is protected by a passphrase.
+    pub bytes: SecretSlice<u8>,
     /// The passphrase, without the newline at its end.
     pub passphrase: Option<SecretString>,
 }
@@ -61,34 +61,43 @@ impl KeySource {
     /// Reads the key of the repository called `repository`. Blocks: a file, or up to a minute for `key_command`.
     pub fn read(&self, repository: &str) -> Result<KeyMaterial, ConfigError> {
         let failed = |reason: String| ConfigError::Key { repository: repository.to_owned(), reason };
-        let text = match &self.origin {
+        let bytes = match &self.origin {
             KeyOrigin::File(path) => read_private(path).map_err(failed)?,
-            KeyOrigin::Environment(name) => read_environment(name, std::env::var_os(name)).map_err(failed)?,
+            KeyOrigin::Environment(name) => {
+                let text = read_environment(name, std::env::var_os(name)).map_err(failed)?;
+                Zeroizing::new(text.as_bytes().to_vec())
+            }
             KeyOrigin::Command(command) => run_command(command, COMMAND_DEADLINE).map_err(failed)?,
         };
         let passphrase = match &self.passphrase_file {
-            Some(path) => {
-                let text = read_private(path).map_err(failed)?;
-                let passphrase = text.trim_end_matches(['\n', '\r']);
-                if passphrase.is_empty() {
-                    return Err(failed(format!("the passphrase file {} is empty", path.display())));
-                }
-                Some(SecretString::from(passphrase))
-            }
+            Some(path) => Some(read_passphrase(path).map_err(failed)?),
             None => None,
         };
-        Ok(KeyMaterial { text: SecretString::from(text.as_str()), passphrase })
+        Ok(KeyMaterial { bytes: SecretSlice::from(bytes.to_vec()), passphrase })
     }
 }
 
 type Secret = Zeroizing<String>;
+type SecretBytes = Zeroizing<Vec<u8>>;
+
+/// A passphrase from a file that nobody else may read; it loses only the newline at its end.
+///
+/// # Errors
+/// A sentence that names the file.
+pub fn read_passphrase(path: &Path) -> Result<SecretString, String> {
+    let text = read_private_text(path)?;
+    match text.trim_end_matches(['\n', '\r']) {
+        "" => Err(format!("the passphrase file {} is empty", path.display())),
+        passphrase => Ok(SecretString::from(passphrase)),
+    }
+}
 
 /// A line of text that is a secret, from a file that nobody else may read: credentials.
 ///
 /// # Errors
 /// A sentence that names the file.
 pub fn read_secret(path: &Path) -> Result<SecretString, String> {
-    let text = read_private(path)?;
+    let text = read_private_text(path)?;
     match text.trim() {
         "" => Err(format!("{} is empty", path.display())),
         text => Ok(SecretString::from(text)),
@@ -96,7 +105,7 @@ pub fn read_secret(path: &Path) -> Result<SecretString, String> {
 }
 
 /// Opens first and looks at the mode of what was opened, so that the file cannot be exchanged in between.
-fn read_private(path: &Path) -> Result<Secret, String> {
+fn read_private(path: &Path) -> Result<SecretBytes, String> {
     let shown = path.display();
     let file = File::open(path).map_err(|error| format!("cannot open {shown}: {error}"))?;
     let meta = file.metadata().map_err(|error| format!("cannot open {shown}: {error}"))?;
@@ -107,17 +116,24 @@ fn read_private(path: &Path) -> Result<Secret, String> {
         let mode = meta.mode() & 0o777;
         return Err(format!("{shown} is open to other users (mode {mode:04o}); run: chmod 600 {shown}"));
     }
-    read_text(file).map_err(|reason| format!("{shown}: {reason}"))
+    read_bytes(file).map_err(|reason| format!("{shown}: {reason}"))
 }
 
-fn read_text(source: impl Read) -> Result<Secret, String> {
+fn read_private_text(path: &Path) -> Result<Secret, String> {
+    let bytes = read_private(path)?;
+    match std::str::from_utf8(&bytes) {
+        Ok(text) => Ok(Zeroizing::new(text.to_owned())),
+        Err(_) => Err(format!("{} is not text", path.display())),
+    }
+}
+
+fn read_bytes(source: impl Read) -> Result<SecretBytes, String> {
     let mut bytes = Zeroizing::new(Vec::new());
     source.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| format!("cannot be read: {error}"))?;
     if bytes.len() as u64 > MAX_BYTES {
         return Err(format!("is longer than {MAX_BYTES} bytes: not a key"));
     }
-    let text = std::str::from_utf8(&bytes).map_err(|_| "is not text: not a key".to_owned())?;
-    Ok(Zeroizing::new(text.to_owned()))
+    Ok(bytes)
 }
 
 fn read_environment(name: &str, value: Option<OsString>) -> Result<Secret, String> {
@@ -129,7 +145,7 @@ fn read_environment(name: &str, value: Option<OsString>) -> Result<Secret, Strin
 }
 
 /// What the command writes to stderr goes to ours: it may ask a person for something.
-fn run_command(command: &str, deadline: Duration) -> Result<Secret, String> {
+fn run_command(command: &str, deadline: Duration) -> Result<SecretBytes, String> {
     let failed = |error: std::io::Error| format!("key_command could not be run: {error}");
     let mut child = Command::new("/bin/sh")
         .args(["-c", command])
@@ -142,7 +158,7 @@ fn run_command(command: &str, deadline: Duration) -> Result<Secret, String> {
     };
     // Read aside: a pipe has no deadline of its own. A thread that is left behind ends with the pipe.
     let (sender, receiver) = std::sync::mpsc::sync_channel(1);
-    std::thread::spawn(move || sender.send(read_text(stdout)));
+    std::thread::spawn(move || sender.send(read_bytes(stdout)));
     let until = Instant::now() + deadline;
     let text = receiver.recv_timeout(deadline);
     let status = loop {
@@ -188,7 +204,7 @@ mod tests {
             let file = file_with_mode(mode, "KEY-TEXT");
             let read = source(KeyOrigin::File(file.path().to_owned())).read("main");
             match read {
-                Ok(key) => assert!(fine && key.text.expose_secret() == "KEY-TEXT", "{mode:o} was taken"),
+                Ok(key) => assert!(fine && key.bytes.expose_secret() == b"KEY-TEXT", "{mode:o} was taken"),
                 Err(error) => {
                     let message = error.to_string();
                     assert!(!fine, "{mode:o}: {message}");
@@ -212,7 +228,10 @@ mod tests {
 
     #[test]
     fn a_command_answers_fails_or_is_cut_off() {
-        let read = |command: &str| run_command(command, Duration::from_millis(500)).map(|text| text.to_string());
+        let read = |command: &str| {
+            let read = run_command(command, Duration::from_millis(500));
+            read.map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        };
         assert_eq!(read("printf 'KEY\\n'"), Ok("KEY\n".to_owned()));
         assert!(read("echo SECRET; exit 3").unwrap_err().contains("exit status: 3"));
         assert!(!read("echo SECRET; exit 3").unwrap_err().contains("SECRET"));

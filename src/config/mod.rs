@@ -26,7 +26,7 @@ use secrecy::SecretString;
 pub use error::{ConfigError, Problem};
 pub use file::{CLUSTER_SETTINGS, REPOSITORY_SETTINGS, Setting};
 pub use keep::{KEEP_SETTINGS, Keep};
-pub use key::{KeyMaterial, KeyOrigin, KeySource, read_secret};
+pub use key::{KeyMaterial, KeyOrigin, KeySource, read_passphrase, read_secret};
 pub use locate::{ENVIRONMENT_VARIABLE, SOUGHT, locate};
 pub use place::{Checksum, CloudPlace, LockMode, ObjectLock, Place, S3Credentials, S3Place};
 pub use template::{NewPlace, Template};

@@ -17,6 +17,8 @@ pub struct Template<'a> {
     pub place: NewPlace<'a>,
     /// The key file, absolute.
     pub key_file: &'a Path,
+    /// The key there only writes.
+    pub write_only: bool,
 }
 
 /// Where `pgkeep init` makes a repository.
@@ -61,7 +63,7 @@ impl Template<'_> {
 
 [repository.{repository}]
 {place}
-# Opens everything in the repository. Keep a copy of it elsewhere: without it no backup can be read, by anybody.
+{about_key}
 key_file = {key_file}
 
 [cluster.{cluster}]
@@ -82,6 +84,12 @@ slot = {slot}
             repository = self.repository,
             cluster = self.cluster,
             place = self.place.lines(),
+            about_key = match self.write_only {
+                false =>
+                    "# Opens everything in the repository. Keep a copy of it elsewhere: without it no backup can be read, by anybody.",
+                true =>
+                    "# Archives and takes backups, and cannot read a row. Restoring needs a key file with an identity.",
+            },
             key_file = quoted(&self.key_file.to_string_lossy()),
             conninfo = quoted(self.conninfo),
             repository_name = quoted(self.repository),
@@ -107,6 +115,7 @@ mod tests {
             repository: "main",
             place: NewPlace::Directory(path),
             key_file: Path::new("/etc/pgkeep/main.key"),
+            write_only: false,
         }
     }
 

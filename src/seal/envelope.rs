@@ -15,6 +15,7 @@ use sha2::Sha256;
 
 use super::error::SealError;
 use super::keys::{MetaKey, Secret, length_prefixed};
+use super::recipient::Recipient;
 use crate::types::Id128;
 
 const MAGIC: [u8; 8] = *b"\x89pgkkey\n";
@@ -37,10 +38,10 @@ pub(super) fn wrap(
     purpose: Purpose,
     id: Id128,
     secret: &Secret,
-    recipients: &[age::x25519::Recipient],
+    recipients: &[Recipient],
 ) -> Result<Vec<u8>, SealError> {
     let envelope = |detail| SealError::Envelope { key_id: id, detail };
-    let recipients = recipients.iter().map(|recipient| recipient as &dyn age::Recipient);
+    let recipients = recipients.iter().map(|recipient| &recipient.0 as &dyn age::Recipient);
     let encryptor = age::Encryptor::with_recipients(recipients).map_err(|_| envelope("there are no recipients"))?;
     let sealed = encrypt(encryptor, secret.expose()).ok_or_else(|| envelope("age did not encrypt"))?;
     if sealed.len() > MAX_AGE {

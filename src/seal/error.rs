@@ -157,7 +157,9 @@ pub enum SealError {
         detail: &'static str,
     },
     /// The envelope is genuine and is not for the identity of this key file.
-    #[error("the envelope of key {key_id} was made for other recipients than this key file")]
+    #[error(
+        "the envelope of key {key_id} was made for other recipients than this key file\nhint: `pgkeep key list` shows for whom; who opens it can add this one (`pgkeep key add-recipient`)"
+    )]
     NotARecipient {
         /// The key that stays closed.
         key_id: Id128,

@@ -8,9 +8,10 @@ use zeroize::Zeroizing;
 use super::envelope::{self, Purpose};
 use super::error::{KeyRole, SealError};
 use super::keys::{ContentKey, MetaKey, Secret};
+use super::recipient::Recipient;
 use crate::types::Id128;
 
-const META_PREFIX: &str = "PGKEEP-META-KEY-1-";
+pub(super) const META_PREFIX: &str = "PGKEEP-META-KEY-1-";
 const META_FORM: &str =
     "the meta key is PGKEEP-META-KEY-1-, 64 hex digits, - and 8 check digits; copy the line again, whole";
 /// A key file is about 1 KiB; a larger one is something else.
@@ -28,7 +29,7 @@ const MAX_WORK_FACTOR: u8 = 22;
 pub struct KeyFile {
     meta: MetaKey,
     identity: Option<age::x25519::Identity>,
-    recipients: Vec<age::x25519::Recipient>,
+    recipients: Vec<Recipient>,
 }
 
 impl KeyFile {
@@ -38,8 +39,27 @@ impl KeyFile {
     /// [`SealError::NoRandomness`].
     pub fn generate() -> Result<KeyFile, SealError> {
         let identity = age::x25519::Identity::generate();
-        let recipients = vec![identity.to_public()];
+        let recipients = vec![Recipient(identity.to_public())];
         Ok(KeyFile { meta: MetaKey::generate()?, identity: Some(identity), recipients })
+    }
+
+    /// A new meta key, and no identity: data is sealed for these recipients, whose identities were made elsewhere. At
+    /// least one.
+    ///
+    /// # Errors
+    /// [`SealError::NoRandomness`]; [`SealError::KeyFile`] without any.
+    pub fn generate_for(recipients: Vec<Recipient>) -> Result<KeyFile, SealError> {
+        if recipients.is_empty() {
+            return Err(SealError::KeyFile { line: None, problem: "a key that only writes needs a recipient" });
+        }
+        Ok(KeyFile { meta: MetaKey::generate()?, identity: None, recipients })
+    }
+
+    /// The same meta key with a new identity.
+    pub fn with_new_identity(&self) -> KeyFile {
+        let identity = age::x25519::Identity::generate();
+        let recipients = vec![Recipient(identity.to_public())];
+        KeyFile { meta: self.meta.clone(), identity: Some(identity), recipients }
     }
 
     /// The same realm's key file for a host that may write and not read.
@@ -60,6 +80,25 @@ impl KeyFile {
     /// For whom content keys are wrapped: `age1…`, public.
     pub fn recipients(&self) -> Vec<String> {
         self.recipients.iter().map(ToString::to_string).collect()
+    }
+
+    /// The same, as they are used.
+    pub fn recipient_list(&self) -> &[Recipient] {
+        &self.recipients
+    }
+
+    /// The public half of its own identity, if it has one.
+    pub fn own_recipient(&self) -> Option<Recipient> {
+        self.identity.as_ref().map(|identity| Recipient(identity.to_public()))
+    }
+
+    /// What tells the envelopes that were made for this recipient alone apart from others. Without the meta key nobody can
+    /// tell from it who that is.
+    pub fn recipient_tag(&self, realm: Id128, recipient: &Recipient) -> Id128 {
+        let derived = self.meta.derive_for(format!("recipient {recipient}").as_bytes(), realm);
+        let mut tag = [0; 16];
+        tag.iter_mut().zip(derived.iter()).for_each(|(to, from)| *to = *from);
+        Id128::new(tag)
     }
 
     /// The file's text.
@@ -134,7 +173,7 @@ impl KeyFile {
                     return Err(problem("there is a second age secret key; a key file holds one"));
                 }
             } else if upper.starts_with("AGE1") {
-                let recipient = line.parse::<age::x25519::Recipient>();
+                let recipient = line.parse::<Recipient>();
                 recipients
                     .push(recipient.map_err(|_| problem("the age recipient has a typo or is of an unknown kind"))?);
             } else {
@@ -143,8 +182,8 @@ impl KeyFile {
         }
         let meta = meta.ok_or_else(|| whole("there is no meta key (PGKEEP-META-KEY-1-…); is the file cut short?"))?;
         if let Some(identity) = &identity {
-            let own = identity.to_public();
-            if !recipients.iter().any(|recipient| recipient.to_string() == own.to_string()) {
+            let own = Recipient(identity.to_public());
+            if !recipients.contains(&own) {
                 recipients.insert(0, own);
             }
         }
@@ -226,7 +265,20 @@ impl KeyFile {
     /// # Errors
     /// [`SealError::TooLarge`] with some hundred recipients.
     pub fn wrap_content_key(&self, realm: Id128, key: &ContentKey) -> Result<Vec<u8>, SealError> {
-        envelope::wrap(&self.meta, realm, Purpose::Content, key.id(), key.secret(), &self.recipients)
+        self.wrap_content_key_for(realm, key, &self.recipients)
+    }
+
+    /// The same for these recipients instead of the key file's own.
+    ///
+    /// # Errors
+    /// As [`KeyFile::wrap_content_key`]; [`SealError::Envelope`] without any recipient.
+    pub fn wrap_content_key_for(
+        &self,
+        realm: Id128,
+        key: &ContentKey,
+        recipients: &[Recipient],
+    ) -> Result<Vec<u8>, SealError> {
+        envelope::wrap(&self.meta, realm, Purpose::Content, key.id(), key.secret(), recipients)
     }
 
     /// The content key in the bytes of `keys/<id>`.
@@ -244,7 +296,15 @@ impl KeyFile {
     /// # Errors
     /// As [`KeyFile::wrap_content_key`].
     pub fn wrap_meta_key(&self, realm: Id128) -> Result<Vec<u8>, SealError> {
-        envelope::wrap(&self.meta, realm, Purpose::Meta, self.meta.id(), self.meta.secret(), &self.recipients)
+        self.wrap_meta_key_for(realm, &self.recipients)
+    }
+
+    /// The same for these recipients instead of the key file's own.
+    ///
+    /// # Errors
+    /// As [`KeyFile::wrap_content_key_for`].
+    pub fn wrap_meta_key_for(&self, realm: Id128, recipients: &[Recipient]) -> Result<Vec<u8>, SealError> {
+        envelope::wrap(&self.meta, realm, Purpose::Meta, self.meta.id(), self.meta.secret(), recipients)
     }
 
     /// Checks that the bytes of `keys/<id>`, `<id>` being [`MetaKey::id`], are our meta key's for this realm.
@@ -254,7 +314,10 @@ impl KeyFile {
     pub fn check_meta_key(&self, realm: Id128, bytes: &[u8]) -> Result<(), SealError> {
         let sealed = envelope::authenticate(&self.meta, realm, Purpose::Meta, self.meta.id(), bytes)?;
         let Some(identity) = &self.identity else { return Ok(()) }; // the MAC has said it already
-        let inside = envelope::unwrap(self.meta.id(), sealed, identity)?;
+        let inside = match envelope::unwrap(self.meta.id(), sealed, identity) {
+            Err(SealError::NotARecipient { .. }) => return Ok(()), // made before this identity was; likewise
+            inside => inside?,
+        };
         if inside.expose() != self.meta.secret().expose() {
             return Err(SealError::WrongKey { role: KeyRole::Meta });
         }

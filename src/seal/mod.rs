@@ -24,7 +24,9 @@ mod key_file;
 mod keys;
 mod opener;
 mod random;
+mod recipient;
 mod sealer;
+mod sheet;
 mod tags;
 mod tail;
 #[cfg(test)]
@@ -38,6 +40,7 @@ pub use opener::{Footer, Opener, Span, open_whole};
 #[cfg(test)]
 pub(crate) use random::SEED;
 pub(crate) use random::fill as fill_randomly;
+pub use recipient::Recipient;
 pub use sealer::{FrameLengths, ObjectSealer, SequentialSealer, seal_whole};
 pub use tags::{BlockTagger, TAGGED_AT_ONCE, TAGGED_BLOCK};
 pub use tail::{OpenedFrames, TailContent, TailFrames, open_tail, peek_tail_prelude};

@@ -549,6 +549,48 @@ mod key_files {
     }
 
     #[test]
+    fn a_sheet_is_typed_in_again() {
+        let keys = keys();
+        let sheet = keys.file.to_sheet().unwrap();
+        let sheet = sheet.expose_secret();
+        assert!(keys.file.write_only().to_sheet().is_none(), "it would restore nothing");
+        assert_eq!(sheet.lines().count(), 5, "{}", sheet.lines().count());
+        let want = text(&keys.file);
+        let same = |typed: &str| KeyFile::from_sheet(typed).map(|file| text(&file) == want);
+        let mut shuffled: Vec<&str> = sheet.lines().collect();
+        shuffled.reverse();
+        let forms = [
+            sheet.to_owned(),
+            sheet.to_lowercase().replace('\n', "\r\n   "),
+            shuffled.join("\n"),
+            format!("RECOVERY SHEET\nMeta key 7\n{sheet}\nIn 1 step: M 1\n"),
+            sheet.lines().map(|line| format!("{} {}\n", &line[..2], line[2..].replace(' ', ""))).collect(),
+        ];
+        for form in forms {
+            assert_eq!(same(&form), Ok(true));
+        }
+        // Any typo is found, and, but for one in 65,536, in the line in which it is.
+        let mut elsewhere = 0;
+        for (at, letter) in sheet.char_indices().filter(|(_, letter)| letter.is_ascii_alphanumeric()) {
+            let other = if letter == '7' { '8' } else { '7' };
+            let typed = format!("{}{other}{}", &sheet[..at], &sheet[at + 1..]);
+            let error = KeyFile::from_sheet(&typed).expect_err("a typo");
+            assert!(matches!(error, SealError::KeyFile { .. }), "{error}");
+            let line = 1 + sheet[..at].matches('\n').count();
+            let in_tag = sheet[..at].rsplit('\n').next().unwrap().len() < 2;
+            elsewhere += u32::from(!in_tag && !error.to_string().contains(&format!("line {line}:")));
+        }
+        assert!(elsewhere <= 1, "{elsewhere}");
+        for missing in 0..5 {
+            let typed: Vec<&str> =
+                sheet.lines().enumerate().filter(|(at, _)| *at != missing).map(|(_, line)| line).collect();
+            assert!(same(&typed.join("\n")).is_err(), "without line {missing}");
+        }
+        assert!(same(&format!("{sheet}{sheet}")).is_err(), "twice");
+        assert!(same("").is_err() && same("I1").is_err() && same("M1 \u{e4}\u{fc}").is_err());
+    }
+
+    #[test]
     fn p4_nobody_plants_a_key_with_the_public_half_alone() {
         let (keys, stranger) = (keys(), super::keys());
         // an attacker knows the recipient, not the meta key

@@ -216,7 +216,7 @@ impl Repository {
         let object = ClusterObject::Index(branch, note.from, note.to);
         let name = name_of(cluster, object.clone());
         let json = records::to_json(note).map_err(|source| self.record(&name, source))?;
-        let body = self.seal_whole(&name, &object, bytes.to_vec(), json).await?;
+        let body = self.seal_whole(&name, kind_of(&object), bytes.to_vec(), json).await?;
         self.put_bytes(&name.copy(CopyToken::of(random_id()?)), body).await.map(|_| ())
     }
 }

@@ -13,6 +13,16 @@ pub fn keys_of_day(day: u32) -> String {
     format!("keys/{day:08x}")
 }
 
+/// The envelopes of all keys, and what lies in the folder below.
+pub fn keys() -> &'static str {
+    "keys/"
+}
+
+/// For whom content keys are wrapped: every list there was.
+pub fn recipients() -> &'static str {
+    "keys/recipients/"
+}
+
 /// The clusters of this name: their system identifiers are the folders below.
 pub fn clusters_named(name: &ClusterName) -> String {
     format!("{name}/")

@@ -75,6 +75,7 @@ fn a_name() -> impl Strategy<Value = Name> {
         1 => any::<u16>().prop_map(Object::Format),
         1 => a_label().prop_map(|label| Object::StoreVerdict(Second(label))),
         1 => any::<[u8; 16]>().prop_map(|id| Object::Key(Id128::new(id))),
+        1 => (1u32..).prop_map(Object::Recipients),
         8 => ("[a-z0-9][a-z0-9_-]{0,10}x", 1..u64::MAX, a_cluster_object()).prop_map(|(name, system, object)| {
             Object::Of(ClusterId { name: name.parse().unwrap(), system: SystemId::new(system) }, object)
         }),

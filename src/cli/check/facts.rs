@@ -11,10 +11,12 @@ use crate::archive::{Source, served_path};
 use crate::catalog::inventory::Hole;
 use crate::catalog::{CatalogError, Repository};
 use crate::cli::advice::{Tried, advise};
+use crate::cli::output::count;
 use crate::cli::standing::{Standing, missing};
-use crate::cli::{CliError, bucket, open};
+use crate::cli::{self, CliError, bucket, open};
 use crate::config::ClusterConfig;
 use crate::pg::{ConnectOptions, PgError, Replication, Row, Session, quote_literal};
+use crate::seal::Recipient;
 use crate::store::s3::S3Store;
 use crate::store::{Key, StoreError};
 use crate::types::{ClusterId, ClusterName, Lsn};
@@ -52,6 +54,32 @@ pub(super) async fn write_read_delete(repository: &Repository) -> Vec<Item> {
             let todo = if is_bucket { "" } else { todo };
             vec![Item::not_ok("write", format!("cannot {doing} an object: {error}"), todo)]
         }
+    }
+}
+
+/// How old keys are, and for how many they are wrapped. `own` is the recipient of the key file in use.
+pub(super) async fn key_age(repository: &Repository, own: Option<&Recipient>) -> Item {
+    let asked = futures_util::future::try_join(repository.recipients(), repository.count_keys(&[])).await;
+    let (list, counts) = match asked {
+        Ok(asked) => asked,
+        Err(error) => return Item::warn("key age", error.to_string(), "`pgkeep key list` shows the keys"),
+    };
+    let age = cli::key::age(repository.format().created_at, Timestamp::now());
+    let keys = count(counts.content.values().sum(), "content key");
+    let found = match &list {
+        None => format!("the meta key is {age} at least; {keys}"),
+        Some(list) => {
+            let recipients = count(list.recipients.len() as u64, "recipient");
+            format!("the meta key is {age} at least; {keys} for {recipients}")
+        }
+    };
+    match (&list, own) {
+        (Some(list), Some(own)) if list.recipients.iter().all(|known| known.recipient != *own) => Item::warn(
+            "key age",
+            format!("this key file is no recipient any more: it cannot read what is archived from now on; {found}"),
+            "put another key file here, or make this one a recipient: pgkeep key add-recipient",
+        ),
+        _ => Item::ok("key age", found),
     }
 }
 

@@ -121,6 +121,7 @@ async fn repository(config: &RepositoryConfig) -> (Option<Repository>, Vec<Item>
             return (None, items);
         }
     };
+    let own = key.own_recipient();
     let repository = match Repository::open(&config.name, store, key).await.map_err(open::repository_error) {
         Ok(repository) => repository,
         Err(error) => {
@@ -129,8 +130,12 @@ async fn repository(config: &RepositoryConfig) -> (Option<Repository>, Vec<Item>
             return (None, items);
         }
     };
-    let can = if repository.can_read() { "opens the repository" } else { "opens the repository for writing only" };
+    let can = match repository.can_read() {
+        true => "opens the repository",
+        false => "opens the repository for writing only; restoring needs a key file with an identity",
+    };
     items.push(Item::ok("key", format!("{} {can}", config.key.origin)));
+    items.push(facts::key_age(&repository, own.as_ref()).await);
     items.extend(facts::write_read_delete(&repository).await);
     items.extend(found_out);
     (Some(repository), items)
