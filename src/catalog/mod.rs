@@ -5,6 +5,7 @@
 //! - [`Repository`] is a repository opened with its key; [`writer`] puts objects into it, [`reader`] gets them out;
 //! - [`backups`] tells what the base backups share, and whether all that one names is there;
 //! - [`survey`] is everything of a cluster that retention judges; [`retention`] what it writes down;
+//! - [`verification`] is what verifications and drills leave;
 //! - [`copy`] brings them from one repository into another;
 //! - [`inventory`] is a picture of what is there, in plain values; [`load`] takes it.
 //!
@@ -37,6 +38,7 @@ mod tail;
 #[cfg(test)]
 mod tests;
 pub mod verdict;
+pub mod verification;
 mod weak;
 pub mod writer;
 
