@@ -51,9 +51,7 @@ fn number(line: &Value, key: &str) -> u64 {
 #[test]
 fn what_is_damaged_or_missing_is_named_remembered_and_brought_back() {
     let (_pg, rig) = archived();
-    let name_of = |path: &std::path::Path| {
-        ok(path.strip_prefix(rig.path("main"))).to_string_lossy().into_owned()
-    };
+    let name_of = |path: &std::path::Path| ok(path.strip_prefix(rig.path("main"))).to_string_lossy().into_owned();
 
     // Listings alone: all is there, and nothing was opened.
     let listed = verified(&rig, 0, &[]);
@@ -87,11 +85,14 @@ fn what_is_damaged_or_missing_is_named_remembered_and_brought_back() {
     let mut want = vec![("damaged".to_owned(), name_of(&pack)), ("damaged".to_owned(), name_of(&segment))];
     want.sort();
     assert_eq!(found, want, "{damaged:#}");
-    for (finding, elsewhere) in damaged["findings"].as_array().unwrap().iter().zip(damaged["elsewhere"].as_array().unwrap()) {
+    for (finding, elsewhere) in
+        damaged["findings"].as_array().unwrap().iter().zip(damaged["elsewhere"].as_array().unwrap())
+    {
         assert!(!finding["instants"].as_array().unwrap().is_empty(), "{finding:#}");
         assert_eq!(elsewhere, &serde_json::json!(["second"]), "{finding:#}");
     }
-    let of_pack = damaged["findings"].as_array().unwrap().iter().find(|one| one["object"].as_str() == Some(&name_of(&pack)));
+    let of_pack =
+        damaged["findings"].as_array().unwrap().iter().find(|one| one["object"].as_str() == Some(&name_of(&pack)));
     assert!(!of_pack.unwrap()["backups"].as_array().unwrap().is_empty(), "{of_pack:?}");
     // It stays known without being read again, and is said in words.
     let later = rig.run(&["verify", "--repository", "main"]).exits(1);

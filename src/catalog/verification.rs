@@ -323,11 +323,7 @@ impl Repository {
     ///
     /// # Errors
     /// What the store says.
-    pub async fn drills(
-        &self,
-        cluster: &ClusterId,
-        most: usize,
-    ) -> Result<Vec<(BackupLabel, Drill)>, CatalogError> {
+    pub async fn drills(&self, cluster: &ClusterId, most: usize) -> Result<Vec<(BackupLabel, Drill)>, CatalogError> {
         let mut drills = Vec::new();
         for name in self.results(&folder::drills(cluster)).await?.into_iter().rev().take(most) {
             match self.get_record(cluster, ClusterObject::Drill(name)).await {

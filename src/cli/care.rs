@@ -36,7 +36,12 @@ pub(super) struct Caring<'a> {
 }
 
 impl Caring<'_> {
-    async fn verify_in(&self, repository: &Repository, id: &ClusterId, stop: &CancellationToken) -> Result<(), CliError> {
+    async fn verify_in(
+        &self,
+        repository: &Repository,
+        id: &ClusterId,
+        stop: &CancellationToken,
+    ) -> Result<(), CliError> {
         let earlier = repository.newest_verification(id).await.map_err(open::repository_error)?;
         if earlier.is_some_and(|earlier| repository.now().duration_since(earlier.began_at) < RECENT) {
             return Ok(());
@@ -105,7 +110,8 @@ impl Carer for Caring<'_> {
 }
 
 fn tell(repository: &Repository, id: &ClusterId, report: &Report, within: Option<SignedDuration>) {
-    let (repository, objects, read, bytes) = (repository.name(), report.objects, report.read_objects, report.read_bytes);
+    let (repository, objects, read, bytes) =
+        (repository.name(), report.objects, report.read_objects, report.read_bytes);
     let unread = report.unread_objects;
     let whole_since = report.whole_since.map(|since| since.to_string()).unwrap_or_default();
     tracing::info!(cluster = %id, repository, objects, read, bytes, unread, whole_since, "verified what is kept");

@@ -134,7 +134,8 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
         },
         (None, None) => {
             let error = anyhow!("it is not said where a drill may write");
-            return Err(CliError::usage(error).hint("give --scratch DIR, or write drill = { scratch = \"…\" } below [cluster.NAME]"));
+            return Err(CliError::usage(error)
+                .hint("give --scratch DIR, or write drill = { scratch = \"…\" } below [cluster.NAME]"));
         }
     };
     means.scratch = args.scratch.unwrap_or(means.scratch);
@@ -184,10 +185,14 @@ pub(super) async fn once(
 ) -> Result<Result<Done, (Asked, Box<PlanError>)>, CliError> {
     let config = context.config()?;
     let began_at = Timestamp::now();
-    let directories: Vec<PathBuf> = config.repositories.iter().filter_map(|place| match &place.place {
-        Place::Directory(path) => Some(path.clone()),
-        _ => None,
-    }).collect();
+    let directories: Vec<PathBuf> = config
+        .repositories
+        .iter()
+        .filter_map(|place| match &place.place {
+            Place::Directory(path) => Some(path.clone()),
+            _ => None,
+        })
+        .collect();
     // The cheapest refusal first.
     let place = means.scratch.clone();
     let taken = blocking(move || {
@@ -219,7 +224,10 @@ pub(super) async fn once(
         && no.kind == NoKind::AfterNewest
     {
         // Behind the beginning of the last record.
-        let branch = asked.known().find_map(|(_, inventory)| pick(inventory, seed.unwrap_or_default())).map(|(branch, _)| branch);
+        let branch = asked
+            .known()
+            .find_map(|(_, inventory)| pick(inventory, seed.unwrap_or_default()))
+            .map(|(branch, _)| branch);
         if let Some(branch) = branch {
             drop(resolved);
             asked.aim(Target::latest(), branch);

@@ -687,12 +687,18 @@ fn proofs(cluster: &Cluster) -> Vec<String> {
             (0, Some(since)) => format!("every object was found whole since {}", output::time(*since)),
             (_, None) => "names and lengths alone".to_owned(),
             (unread, Some(since)) => {
-                format!("{unread} of {objects} objects not yet, every other one was found whole since {}", output::time(*since))
+                format!(
+                    "{unread} of {objects} objects not yet, every other one was found whole since {}",
+                    output::time(*since)
+                )
             }
         };
         lines.push(format!("  Verified         {}: {read}", output::time(*at)));
         if *findings > 0 {
-            lines.push(format!("  DAMAGE           {}: `pgkeep verify` lists them", output::count(*findings, "finding")));
+            lines.push(format!(
+                "  DAMAGE           {}: `pgkeep verify` lists them",
+                output::count(*findings, "finding")
+            ));
         }
     }
     if let Some(LastDrill { at, target, verdict, failure }) = &cluster.drill {

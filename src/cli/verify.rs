@@ -94,7 +94,8 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
     let repositories: Vec<Repository> = several.open.into_iter().map(|(repository, _)| repository).collect();
     for repository in repositories.iter().filter(|repository| meant(repository.name())) {
         if args.objects && !repository.can_read() {
-            let error = anyhow!("the key of repository {} can only write, so it cannot open objects", repository.name());
+            let error =
+                anyhow!("the key of repository {} can only write, so it cannot open objects", repository.name());
             return Err(CliError::usage(error).hint("verify without --objects here, and with it where the identity is"));
         }
         let ids = match &from.cluster {
@@ -286,7 +287,8 @@ mod tests {
 
     #[test]
     fn sizes_as_they_are_typed() {
-        let cases = [("1", 1), ("50MB", 50_000_000), ("50MB/s", 50_000_000), ("200 GB", 200_000_000_000), ("3kB", 3000)];
+        let cases =
+            [("1", 1), ("50MB", 50_000_000), ("50MB/s", 50_000_000), ("200 GB", 200_000_000_000), ("3kB", 3000)];
         for (text, want) in cases {
             assert_eq!(size(text).map(NonZeroU64::get), Ok(want), "{text}");
         }

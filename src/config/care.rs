@@ -99,17 +99,16 @@ impl Checker<'_> {
     fn days(&mut self, setting: &str, written: &Spanned<String>) -> Option<SignedDuration> {
         let found = span(written.get_ref()).filter(|span| (SPAN.0..=SPAN.1).contains(span));
         if found.is_none() {
-            let what = format!("{setting} = {:?} is not a span of 1 day to 366 days, such as \"7d\" or \"4w\"", written.get_ref());
+            let what = format!(
+                "{setting} = {:?} is not a span of 1 day to 366 days, such as \"7d\" or \"4w\"",
+                written.get_ref()
+            );
             self.at(written, what);
         }
         found
     }
 
-    pub(super) fn verify(
-        &mut self,
-        within: Option<Spanned<String>>,
-        rate: Option<Spanned<String>>,
-    ) -> Option<Verify> {
+    pub(super) fn verify(&mut self, within: Option<Spanned<String>>, rate: Option<Spanned<String>>) -> Option<Verify> {
         let within = match &within {
             None => Some(Some(SignedDuration::from_hours(30 * 24))),
             Some(text) if text.get_ref() == "off" => Some(None),
@@ -125,7 +124,9 @@ impl Checker<'_> {
         let at = written.span().start;
         let WrittenDrill { scratch, every, max_bytes, bindir, user, database, assertions } = written.into_inner();
         let Some(scratch) = scratch else {
-            let what = format!("drill of [cluster.{cluster}] needs scratch, a directory of its own, such as \"/var/tmp/pgkeep-drill\"");
+            let what = format!(
+                "drill of [cluster.{cluster}] needs scratch, a directory of its own, such as \"/var/tmp/pgkeep-drill\""
+            );
             self.problem(Some(at), what);
             return None;
         };
@@ -139,7 +140,8 @@ impl Checker<'_> {
             Some(text) => match bytes(text.get_ref()) {
                 Some(bytes) => Some(Some(bytes)),
                 None => {
-                    let what = format!("max_bytes = {:?} is not a size such as \"200GB\" (kB, MB, GB or TB)", text.get_ref());
+                    let what =
+                        format!("max_bytes = {:?} is not a size such as \"200GB\" (kB, MB, GB or TB)", text.get_ref());
                     self.at(text, what);
                     None
                 }

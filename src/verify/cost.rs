@@ -64,9 +64,8 @@ fn without(survey: &Survey, branch: Branch, from: Lsn, to: Lsn) -> ClusterInvent
     let objects = survey.wal.get(&branch).map(Vec::as_slice).unwrap_or_default();
     let first = objects.partition_point(|object| object.segment < from.segment(size));
     let others = objects.iter().skip(first).take_while(|object| object.segment.start(size) < to);
-    let others = others.filter(|object| {
-        (begins(object.segment, object.from), begins(object.segment, object.to)) != (from, to)
-    });
+    let others =
+        others.filter(|object| (begins(object.segment, object.from), begins(object.segment, object.to)) != (from, to));
     let held = runs_of(others, size);
     if let Some(known) = inventory.branches.get_mut(&branch) {
         let mut left = Vec::new();

@@ -252,11 +252,7 @@ impl Run<'_> {
     }
 
     /// Puts the result as it is now.
-    async fn record(
-        &mut self,
-        state: &mut State,
-        noticed: &BTreeMap<String, Timestamp>,
-    ) -> (Verification, Coverage) {
+    async fn record(&mut self, state: &mut State, noticed: &BTreeMap<String, Timestamp>) -> (Verification, Coverage) {
         state.known.condense();
         let coverage = order::coverage(self.survey, self.all, &state.known);
         let mut findings: Vec<Finding> = state.findings.values().cloned().collect();

@@ -123,12 +123,8 @@ impl Item {
                 let row = (wal.place == Place::Wal).then_some(Row::Wal(branch))?;
                 Some((row, start + u64::from(wal.from), start + u64::from(wal.to)))
             }
-            Which::Part(at) => {
-                Row::of(&ClusterObject::Part(survey.parts.get(usize::try_from(at).ok()?)?.name), size)
-            }
-            Which::Pack(at) => {
-                Row::of(&ClusterObject::Pack(survey.packs.get(usize::try_from(at).ok()?)?.name), size)
-            }
+            Which::Part(at) => Row::of(&ClusterObject::Part(survey.parts.get(usize::try_from(at).ok()?)?.name), size),
+            Which::Pack(at) => Row::of(&ClusterObject::Pack(survey.packs.get(usize::try_from(at).ok()?)?.name), size),
             Which::Index(at) => {
                 let index = survey.indexes.get(usize::try_from(at).ok()?)?;
                 Row::of(&ClusterObject::Index(index.branch, index.from, index.to), size)
@@ -246,7 +242,7 @@ mod tests {
     use super::*;
     use crate::catalog::layout::PackName;
     use crate::catalog::survey::Stored;
-    use crate::types::{SystemId, ClusterId};
+    use crate::types::{ClusterId, SystemId};
     use proptest::prelude::*;
 
     fn survey(lens: &[u64]) -> Survey {

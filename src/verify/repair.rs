@@ -29,8 +29,12 @@ fn object_of(finding: &Finding) -> Option<Object> {
 }
 
 /// The segments of a hole.
-fn segments(finding: &Finding, size: SegmentSize) -> impl Iterator<Item = (crate::types::Branch, crate::types::SegmentNumber)> {
-    let range = finding.hole.map(|(branch, from, to)| (branch, from.segment(size).get(), to.get().div_ceil(size.bytes())));
+fn segments(
+    finding: &Finding,
+    size: SegmentSize,
+) -> impl Iterator<Item = (crate::types::Branch, crate::types::SegmentNumber)> {
+    let range =
+        finding.hole.map(|(branch, from, to)| (branch, from.segment(size).get(), to.get().div_ceil(size.bytes())));
     let numbers = range.into_iter().flat_map(|(branch, from, to)| (from..to).map(move |number| (branch, number)));
     numbers.map(|(branch, number)| (branch, crate::types::SegmentNumber::new(number)))
 }

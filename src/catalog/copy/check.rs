@@ -44,11 +44,12 @@ impl Repository {
             };
         };
         if checked.bytes.len() as u64 != len {
-            return Err(self.inconsistent(name, format!("it has {} bytes, and was listed with {len}", checked.bytes.len())));
+            return Err(
+                self.inconsistent(name, format!("it has {} bytes, and was listed with {len}", checked.bytes.len()))
+            );
         }
         if let ClusterObject::Wal(_, range) | ClusterObject::Open(_, range) = object {
-            let note: WalRangeNote =
-                records::from_json(&checked.note).map_err(|source| self.record(name, source))?;
+            let note: WalRangeNote = records::from_json(&checked.note).map_err(|source| self.record(name, source))?;
             let fits = checked.plaintext_len == u64::from(range.bytes());
             let is_said = range.from() > 0 || note.digest_to.is_none_or(|end| end == hashing.digest());
             if !fits || !is_said {
@@ -90,7 +91,9 @@ impl Repository {
         self.check_writable()?;
         let name = Name::new(object.clone());
         let of_cluster = match object {
-            Object::Of(_, ClusterObject::Tail(..)) => return Err(misuse(&name, "a tail is put again by the archiver alone")),
+            Object::Of(_, ClusterObject::Tail(..)) => {
+                return Err(misuse(&name, "a tail is put again by the archiver alone"));
+            }
             Object::Of(_, of_cluster) => of_cluster,
             _ => return Err(misuse(&name, "it is no object of a cluster")),
         };

@@ -72,7 +72,9 @@ fn what_does_not_open_and_what_belongs_nowhere_is_found() {
     survey.inventory.branches.insert(second, orphan);
     survey.wal.get_mut(&first()).unwrap()[4].len = 5;
     let found = continuity(&survey, now()).findings;
-    let of = |word: &str| found.iter().find(|finding| finding.object.contains(word)).unwrap_or_else(|| panic!("{word}: {found:#?}"));
+    let of = |word: &str| {
+        found.iter().find(|finding| finding.object.contains(word)).unwrap_or_else(|| panic!("{word}: {found:#?}"))
+    };
     assert_eq!(of("/manifest").backups, ["20261001T000000Z".parse().unwrap()]);
     assert_eq!(of("/expire/").fault, Fault::Damaged);
     assert_eq!(of("/gap/x").why, "it is cut short");

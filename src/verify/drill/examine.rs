@@ -94,7 +94,11 @@ impl Look<'_> {
                 Ok(Started::AcceptsConnections) => break,
                 Err(InstanceError::Deadline { .. }) if begun.elapsed() < RECOVERY_DEADLINE => {}
                 Ok(Started::StoppedByItself) => {
-                    seen.check("recovery", Outcome::Failed, format!("the server stopped by itself: {}", last_words(server)));
+                    seen.check(
+                        "recovery",
+                        Outcome::Failed,
+                        format!("the server stopped by itself: {}", last_words(server)),
+                    );
                     return Ok(false);
                 }
                 Err(InstanceError::Deadline { .. } | InstanceError::StartFailed { .. }) => {
@@ -115,7 +119,9 @@ impl Look<'_> {
             if paused.success && paused.out == "t" {
                 break;
             }
-            if begun.elapsed() > RECOVERY_DEADLINE || !paused.success && begun.elapsed() > QUESTION && server.is_running() {
+            if begun.elapsed() > RECOVERY_DEADLINE
+                || !paused.success && begun.elapsed() > QUESTION && server.is_running()
+            {
                 seen.check("recovery", Outcome::Failed, format!("the target was not reached: {}", paused.said()));
                 return Ok(false);
             }
@@ -135,7 +141,8 @@ impl Look<'_> {
             return Ok(());
         };
         let found = format!("replay ended at {replayed}; the plan stops {stop_at}", stop_at = words(&stop_at));
-        let outcome = if is_there(&stop_at, replayed, self.subject.segment_size) { Outcome::Passed } else { Outcome::Failed };
+        let outcome =
+            if is_there(&stop_at, replayed, self.subject.segment_size) { Outcome::Passed } else { Outcome::Failed };
         seen.check("stop", outcome, found);
         Ok(())
     }
@@ -176,7 +183,11 @@ impl Look<'_> {
             _ => Outcome::Failed,
         };
         let time = last.time;
-        seen.check("commit", outcome, format!("transaction {} of {time}, the last of the plan: {}", last.xid, status.said()));
+        seen.check(
+            "commit",
+            outcome,
+            format!("transaction {} of {time}, the last of the plan: {}", last.xid, status.said()),
+        );
         Ok(())
     }
 
@@ -220,7 +231,21 @@ impl Look<'_> {
         for (number, sql) in (1..).zip(assertions) {
             let mut command = server.client("psql")?;
             command.env("PGOPTIONS", "-c default_transaction_read_only=on");
-            command.args(["-X", "-A", "-t", "-q", "-w", "-v", "ON_ERROR_STOP=1", "-U", user, "-d", database, "-c", sql]);
+            command.args([
+                "-X",
+                "-A",
+                "-t",
+                "-q",
+                "-w",
+                "-v",
+                "ON_ERROR_STOP=1",
+                "-U",
+                user,
+                "-d",
+                database,
+                "-c",
+                sql,
+            ]);
             let ran = run(command, ASSERTION, self.stop)?;
             let holds = ran.success && ran.out == "t";
             let outcome = if holds { Outcome::Passed } else { Outcome::Failed };
@@ -272,7 +297,11 @@ fn last_words(server: &Instance) -> String {
 
 fn words(stop: &StopAt) -> String {
     let StopAt { record, inclusive, needed_to } = stop;
-    if *inclusive { format!("behind the record at {record}, which ends at {needed_to}") } else { format!("before the record at {record}") }
+    if *inclusive {
+        format!("behind the record at {record}, which ends at {needed_to}")
+    } else {
+        format!("before the record at {record}")
+    }
 }
 
 /// Whether replay ended where it should have: behind the record and not further than its end, or before it.
@@ -306,9 +335,15 @@ mod tests {
     #[test]
     fn replay_ends_behind_the_record_or_before_it() {
         let size = SegmentSize::new(1 << 20).unwrap();
-        let at = |record, inclusive, needed_to| StopAt { record: Lsn::new(record), inclusive, needed_to: Lsn::new(needed_to) };
+        let at = |record, inclusive, needed_to| StopAt {
+            record: Lsn::new(record),
+            inclusive,
+            needed_to: Lsn::new(needed_to),
+        };
         let stop = at(1000, true, 1052);
-        for (replayed, there) in [(1000, false), (1052, true), (1056, true), (1057, false), (1 << 20, true), (2 << 20, false)] {
+        for (replayed, there) in
+            [(1000, false), (1052, true), (1056, true), (1057, false), (1 << 20, true), (2 << 20, false)]
+        {
             assert_eq!(is_there(&stop, Lsn::new(replayed), size), there, "{replayed}");
         }
         let before = at(1000, false, 1052);

@@ -108,10 +108,12 @@ pub async fn drill(
     let mut seen = Seen::default();
     let data = scratch.data();
     let spaces = scratch.tablespaces()?;
-    let moved: Vec<Moved> = plan.base.tablespaces.iter().map(|space| Moved {
-        old: space.oid.to_string(),
-        new: spaces.join(space.oid.to_string()),
-    }).collect();
+    let moved: Vec<Moved> = plan
+        .base
+        .tablespaces
+        .iter()
+        .map(|space| Moved { old: space.oid.to_string(), new: spaces.join(space.oid.to_string()) })
+        .collect();
     let destination = place::look(&data, &moved, &plan.base)?;
     let begun = Instant::now();
     let restoring = restore(sources, resolved, &destination, Action::Pause, restore_command, progress);
@@ -149,4 +151,3 @@ pub async fn drill(
     seen.phases.extend(phases);
     Ok(seen)
 }
-

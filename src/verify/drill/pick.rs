@@ -49,11 +49,14 @@ mod tests {
     fn every_seed_is_a_position_that_can_be_reached_and_the_same_one_again() {
         let size = size();
         let branch: Branch = "00000001".parse().unwrap();
-        let mut inventory = ClusterInventory::new(ClusterId { name: "main".parse().unwrap(), system: SystemId::new(7) });
+        let mut inventory =
+            ClusterInventory::new(ClusterId { name: "main".parse().unwrap(), system: SystemId::new(7) });
         inventory.segment_size = Some(size);
         assert_eq!(pick(&inventory, 1), None);
         let runs = [Run { from: at(1), to: at(5) }, Run { from: at(7), to: at(9) }];
-        inventory.branches.insert(branch, BranchInventory { pieces: condensed(runs, size), ..BranchInventory::new(branch) });
+        inventory
+            .branches
+            .insert(branch, BranchInventory { pieces: condensed(runs, size), ..BranchInventory::new(branch) });
         assert_eq!(pick(&inventory, 1), None, "there is no base backup");
         inventory.backups.push(backup(branch, at(1), at(2)));
         inventory.backups.push(backup(branch, at(3), at(4)));

@@ -150,7 +150,8 @@ impl Scratch {
     }
 
     fn free(&self) -> Result<u64, DrillError> {
-        let seen = statvfs(&self.dir).map_err(|source| DrillError::io("look at the space of", &self.dir, source.into()))?;
+        let seen =
+            statvfs(&self.dir).map_err(|source| DrillError::io("look at the space of", &self.dir, source.into()))?;
         Ok(seen.f_bavail.saturating_mul(seen.f_frsize))
     }
 
@@ -185,7 +186,7 @@ impl Scratch {
         for name in OURS {
             let path = self.dir.join(name);
             let removed = match fs::symlink_metadata(&path) {
-                Ok(seen) if seen.is_dir() => fs::remove_dir_all(&path),
+                Ok(seen) if seen.is_dir() => remove(&path),
                 Ok(_) => fs::remove_file(&path),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => Err(error),
@@ -240,7 +241,9 @@ fn judge_entries(names: &[String]) -> Result<(), String> {
     let foreign = names.iter().filter(tolerated).find(|name| !is_ours || !OURS.contains(&name.as_str()));
     match foreign {
         None => Ok(()),
-        Some(name) => Err(format!("it is not empty, and no drill made what is in it ({name:?}); give another directory")),
+        Some(name) => {
+            Err(format!("it is not empty, and no drill made what is in it ({name:?}); give another directory"))
+        }
     }
 }
 
@@ -250,6 +253,19 @@ fn socket_dir(data: &Path) -> Option<PathBuf> {
     let dir = PathBuf::from(file.lines().nth(4)?);
     let is_ours = dir.file_name()?.to_str()?.starts_with("pgk") && dir.is_dir() && dir.join("server.log").is_file();
     is_ours.then_some(dir)
+}
+
+/// Removes a directory in which a helper of `restore_command` may still be at work for a moment.
+fn remove(dir: &Path) -> io::Result<()> {
+    let since = Instant::now();
+    loop {
+        match fs::remove_dir_all(dir) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty && since.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            removed => return removed,
+        }
+    }
 }
 
 /// Stops the server on a data directory, and waits for its processes.

@@ -33,9 +33,9 @@ pub fn settings(dir: &Path, data: &Path, major: u32) -> Vec<String> {
         format!("data_directory={}", data.display()),
         format!("hba_file={}", file(HBA)),
         format!("ident_file={}", file(IDENT)),
+        format!("external_pid_file={}", data.join("drill.pid").display()),
     ];
     let fixed = [
-        "external_pid_file=",
         "ssl=off",
         "unix_socket_permissions=0700",
         "unix_socket_group=",
@@ -91,10 +91,12 @@ mod tests {
                 assert_eq!(values.len(), 1, "{name}");
                 values[0]
             };
-            for empty in ["archive_command", "primary_conninfo", "shared_preload_libraries", "synchronous_standby_names"] {
+            for empty in
+                ["archive_command", "primary_conninfo", "shared_preload_libraries", "synchronous_standby_names"]
+            {
                 assert_eq!(value(empty), "");
             }
-            for file in ["config_file", "data_directory", "hba_file", "ident_file"] {
+            for file in ["config_file", "data_directory", "hba_file", "ident_file", "external_pid_file"] {
                 assert!(value(file).starts_with("/scratch/"));
             }
             assert_eq!((value("archive_mode"), value("max_logical_replication_workers")), ("off", "0"));
