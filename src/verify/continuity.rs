@@ -14,6 +14,7 @@ use crate::catalog::layout::{ClusterObject, Object};
 use crate::catalog::survey::Survey;
 use crate::catalog::verification::{Fault, Finding, segment_object};
 use crate::plan::holes;
+use crate::types::BackupLabel;
 
 /// No sealed object is shorter than its header and its trailer.
 const SHORTEST: u64 = 96 + 8;
@@ -54,7 +55,7 @@ pub fn continuity(survey: &Survey, now: Timestamp) -> Continuity {
     }
     for name in &survey.unreadable {
         let why = "this manifest does not open; what it names is kept";
-        let label = name.rsplit('/').nth(1).and_then(|label| label.parse().ok());
+        let label: Option<BackupLabel> = name.rsplit('/').nth(1).and_then(|label| label.parse().ok());
         let mut one = finding(Fault::Damaged, name.clone(), why, now);
         one.backups.extend(label);
         found.insert(name.clone(), one);

@@ -105,13 +105,8 @@ impl Known {
     }
 
     /// How many stretches there are.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.0.values().map(BTreeMap::len).sum()
-    }
-
-    /// Nothing is known.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
     }
 
     /// Joins stretches that touch, at the older time, until there are few enough: of a day first, then of a month, then all;
@@ -122,7 +117,7 @@ impl Known {
 
     fn condense_to(&mut self, most: usize) {
         for grain in [DAY, 30 * DAY, i64::MAX] {
-            if self.len() <= most {
+            if self.count() <= most {
                 return;
             }
             for of in self.0.values_mut() {
@@ -138,7 +133,7 @@ impl Known {
                 of.extend(joined.into_iter().map(|(from, to, at)| (from, (to, at))));
             }
         }
-        while self.len() > most {
+        while self.count() > most {
             let Some((row, _)) = self.0.iter().max_by_key(|(_, of)| of.len()).map(|(row, of)| (*row, of.len())) else {
                 return;
             };
@@ -181,7 +176,7 @@ mod tests {
             prop_assert_eq!(&again, &known);
             let mut condensed = known.clone();
             condensed.condense_to(3);
-            prop_assert!(condensed.len() <= 3);
+            prop_assert!(condensed.count() <= 3);
             for (of, from, len) in asks {
                 let want = model[of as usize][from as usize..(from + len) as usize].iter().copied()
                     .try_fold(i64::MAX, |oldest, at| Some(oldest.min(at?)));
@@ -208,6 +203,6 @@ mod tests {
         for place in 0..100_000 {
             known.whole(row(0), place * 16, place * 16 + 16, 7);
         }
-        assert_eq!((known.len(), known.read_at(row(0), 5, 1_000_000)), (1, Some(7)));
+        assert_eq!((known.count(), known.read_at(row(0), 5, 1_000_000)), (1, Some(7)));
     }
 }

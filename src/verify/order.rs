@@ -210,18 +210,22 @@ pub fn choose(
         let share = u128::from(total) * u128::from(DAY.unsigned_abs()) * 11 / 10 / u128::from(within.unsigned_abs());
         u64::try_from(share).unwrap_or(u64::MAX)
     });
-    let (mut chosen, mut bytes) = (Vec::new(), 0u64);
+    let (mut chosen, mut bytes, mut remembered) = (Vec::new(), 0u64, 0u64);
     for (read_at, item) in all {
         let is_wanted = match (due_before, share) {
             (Some(due), Some(share)) => read_at <= due || bytes < share && now.saturating_sub(read_at) >= DAY,
             _ => true,
         };
         let len = item.len(survey);
-        let fits = wanted.budget.is_none_or(|budget| bytes.saturating_add(len) <= budget) || chosen.is_empty();
+        // What belongs to the open segment is read each time, and is no progress: one object more is, however large.
+        let is_remembered = item.place(survey).is_some();
+        let fits =
+            wanted.budget.is_none_or(|budget| bytes.saturating_add(len) <= budget) || is_remembered && remembered == 0;
         if !is_wanted || !fits {
             break;
         }
         bytes = bytes.saturating_add(len);
+        remembered += u64::from(is_remembered);
         chosen.push(item);
     }
     chosen

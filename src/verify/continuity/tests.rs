@@ -15,7 +15,7 @@ fn instants(finding: &Finding) -> Vec<(u64, u64)> {
 }
 
 #[test]
-fn p3_a_hole_is_found_with_what_it_costs_and_a_recorded_one_is_known() {
+fn a_hole_is_found_with_what_it_costs_and_a_recorded_one_is_known() {
     let whole = continuity(&survey(1..20, &[2, 10]), now());
     assert_eq!(whole, Continuity::default());
     let found = continuity(&survey((1..6).chain(8..20), &[2, 10]), now());
@@ -38,7 +38,7 @@ fn p3_a_hole_is_found_with_what_it_costs_and_a_recorded_one_is_known() {
 }
 
 #[test]
-fn p5_a_pack_that_is_missing_or_short_is_named_with_its_base_backups() {
+fn a_pack_that_is_missing_or_short_is_named_with_its_base_backups() {
     let mut survey = survey(1..20, &[2, 10]);
     let labels: Vec<_> = survey.manifests.keys().copied().collect();
     let pack = |number| PackName { label: labels[0], number };
