@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::drill::{Aim, Done, Means, any_seed, last_drill, once};
 use super::several::open_all;
 use super::verify::costs;
-use super::{CliError, Context, open};
+use super::{CliError, Context, Global, open};
 use crate::archive::ClusterStatus;
 use crate::catalog::Repository;
 use crate::catalog::verification::Outcome;
@@ -98,7 +98,9 @@ impl Carer for Caring<'_> {
     async fn drill(&self, stop: &CancellationToken) -> Result<(), String> {
         let Some(means) = self.cluster.drill.as_ref().map(Means::of) else { return Ok(()) };
         let name = self.cluster.name.as_str();
-        match once(self.context, Some(name), Aim::Random(any_seed()), means, stop).await {
+        // Nobody reads the standard output of a daemon. The file is read as it is now: the drill's restore_command does so, too.
+        let context = Context::new(Global { json: true, quiet: true, ..self.context.global.clone() });
+        match once(&context, Some(name), Aim::Random(any_seed()), means, stop).await {
             Ok(Ok(done)) => {
                 told(&done);
                 Ok(())
