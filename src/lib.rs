@@ -30,4 +30,5 @@ pub mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
 pub mod types;
+pub mod verify;
 pub mod wal;

@@ -34,6 +34,11 @@ const ROOMS: &[Room] = &[
     room("plan", &["types", "wal", "catalog"], "planning is pure: values in, a plan out"),
     room("restore", &["types", "direct", "pg", "wal", "catalog", "plan"], "restoring never needs the archiving side"),
     room("retention", &["types", "catalog", "plan"], "what may go is judged by what can be restored, and by no server"),
+    room(
+        "verify",
+        &["types", "pg", "catalog", "plan", "restore"],
+        "what is kept is proved by reading and restoring it, never by the source server",
+    ),
     room("config", &["types"], "configuration is values; it stops at daemon and cli"),
     room("helper", &["types"], "it carries requests and answers, and knows no meaning"),
     room(
@@ -50,6 +55,7 @@ const ROOMS: &[Room] = &[
             "plan",
             "restore",
             "retention",
+            "verify",
             "config",
         ],
         "the daemon does not know the command line",
@@ -69,6 +75,7 @@ const ROOMS: &[Room] = &[
             "plan",
             "restore",
             "retention",
+            "verify",
             "config",
             "helper",
             "daemon",

@@ -58,7 +58,10 @@ shutdown_deadline = "1m 30s"
 fill_rate = "50MB/s"
 index = false
 keep = { window = "7d", daily = 14, weekly = 8, monthly = 12, yearly = 7, at_least = 2 }
-keep_in = { main = { window = "90d 12h" } }"#,
+keep_in = { main = { window = "90d 12h" } }
+verify_within = "90d"
+verify_rate = "5MB/s"
+drill = { scratch = "scratch", every = "7d", max_bytes = "200GB", bindir = "/opt/pg/bin", user = "admin", database = "shop", assertions = ["select true"] }"#,
     );
     let config = parse(&text).unwrap();
     let cluster = &config.clusters[0];
@@ -68,6 +71,30 @@ keep_in = { main = { window = "90d 12h" } }"#,
     assert_eq!(cluster.fill_rate.map(u64::from), Some(50_000_000));
     assert_eq!(cluster.name_in_repository.as_str(), "old-name");
     assert!(cluster.synchronous && !cluster.index && parse(GOOD).unwrap().clusters[0].index);
+}
+
+#[test]
+fn verification_and_drills_are_set_per_cluster() {
+    let cluster = &parse(GOOD).unwrap().clusters[0];
+    assert_eq!(cluster.verify.within.map(|within| within.as_hours()), Some(720));
+    assert_eq!((cluster.verify.rate.get(), &cluster.drill), (20_000_000, &None));
+    let cluster = &parse(&good_and("verify_within = \"off\"\ndrill = { scratch = \"/x\" }")).unwrap().clusters[0];
+    assert_eq!(cluster.verify.within, None);
+    let drill = cluster.drill.as_ref().unwrap();
+    assert_eq!((drill.user.as_str(), drill.every, drill.assertions.len()), ("postgres", None, 0));
+    for (lines, words) in [
+        ("verify_within = \"1h\"", "1 day to 366 days"),
+        ("verify_rate = \"5\"", "verify_rate"),
+        ("drill = \"weekly\"", "drill is a table"),
+        ("drill = { every = \"7d\" }", "needs scratch"),
+        ("drill = { scrach = \"/x\" }", "did you mean \"scratch\""),
+        ("drill = { scratch = \"/x\", every = \"0d\" }", "every = \"0d\""),
+        ("drill = { scratch = \"/x\", max_bytes = \"much\" }", "200GB"),
+        ("drill = { scratch = \"/x\", assertions = [\" \"] }", "an assertion is empty"),
+    ] {
+        let said = mistake(&good_and(lines));
+        assert!(said.contains(words), "{lines}: {said}");
+    }
 }
 
 #[test]

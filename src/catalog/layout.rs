@@ -277,7 +277,11 @@ pub struct PartName {
 impl PartKind {
     const ALL: [PartKind; 3] = [PartKind::Files, PartKind::Tags, PartKind::ServerManifest];
 
-    const fn stem(self) -> &'static str {
+    pub(super) fn of_stem(stem: &str) -> Option<PartKind> {
+        PartKind::ALL.into_iter().find(|kind| kind.stem() == stem)
+    }
+
+    pub(super) const fn stem(self) -> &'static str {
         match self {
             PartKind::Files => "files",
             PartKind::Tags => "tags",
@@ -298,7 +302,7 @@ impl FromStr for PartName {
     fn from_str(text: &str) -> Result<Self, ParseError> {
         let parts = text.split_once('/').and_then(|(label, rest)| {
             let (stem, number) = rest.rsplit_once('-')?;
-            let kind = PartKind::ALL.into_iter().find(|kind| kind.stem() == stem)?;
+            let kind = PartKind::of_stem(stem)?;
             Some(PartName { label: label.parse().ok()?, kind, number: six_digits(number)? })
         });
         parts.ok_or_else(|| ParseError::new("a piece of a backup such as 20261120T031500Z/files-000001", text))

@@ -6,6 +6,7 @@
 //! - [`backups`] tells what the base backups share, and whether all that one names is there;
 //! - [`keys`] are its content keys and for whom they are wrapped; [`events`] what was done, chained by digest;
 //! - [`survey`] is everything of a cluster that retention judges; [`retention`] what it writes down;
+//! - [`verification`] is what verifications and drills leave;
 //! - [`copy`] brings them from one repository into another;
 //! - [`inventory`] is a picture of what is there, in plain values; [`load`] takes it.
 //!
@@ -40,6 +41,7 @@ mod tail;
 #[cfg(test)]
 mod tests;
 pub mod verdict;
+pub mod verification;
 mod weak;
 pub mod writer;
 

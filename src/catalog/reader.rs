@@ -24,7 +24,7 @@ use super::repository::{Repository, name_of};
 use super::weak::own_name;
 use super::writer::segment_name;
 use crate::seal::{
-    Binding, Footer, Header, Kind, MAX_EXTRA, MAX_FRAME, Opener, Part, SealError, TailContent, open_tail,
+    Binding, Footer, Header, Kind, MAX_EXTRA, MAX_FRAME, Opener, Part, SealError, Span, TailContent, open_tail,
     peek_tail_prelude,
 };
 use crate::store::{ObjectMeta, list_all};
@@ -699,12 +699,31 @@ impl ObjectReader {
             name: self.name.to_string(),
             reason: format!("bytes {} to {} of {} were asked for", range.start, range.end, self.footer.plaintext_len),
         })?;
+        let damage = match self.read_at(&self.name, &span).await {
+            Err(error) if error.is_damage() => error,
+            read => return read,
+        };
+        // A copy has the same bytes: the same header and footer serve for it.
+        for copy in self.repository.copies_of(&self.name).await? {
+            match self.read_at(&copy, &span).await {
+                Ok(read) => {
+                    tracing::warn!(object = %self.name, %copy, error = %damage, "read from a copy");
+                    return Ok(read);
+                }
+                Err(error) if error.is_damage() || error.is_not_found() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(damage)
+    }
+
+    async fn read_at(&self, name: &Name, span: &Span) -> Result<(Vec<u8>, ReadTimes), CatalogError> {
         let begun = Instant::now();
-        let bytes = self.repository.get_bytes(&self.name, Some(span.bytes.clone())).await?;
+        let bytes = self.repository.get_bytes(name, Some(span.bytes.clone())).await?;
         let fetched = Instant::now();
-        let (opener, footer) = (self.opener.clone(), self.footer.clone());
+        let (opener, footer, span) = (self.opener.clone(), self.footer.clone(), span.clone());
         let opened = self.repository.off_thread(move || opener.open_span(&footer, &span, &bytes)).await?;
-        let bytes = opened.map_err(|source| self.repository.sealed(&self.name, source))?;
+        let bytes = opened.map_err(|source| self.repository.sealed(name, source))?;
         Ok((bytes, ReadTimes { fetch: fetched - begun, open: fetched.elapsed() }))
     }
 

@@ -99,6 +99,20 @@ impl IndexObject {
     }
 }
 
+/// So many objects that are missing are named of one manifest.
+pub const ABSENT: usize = 1000;
+
+/// Something that a manifest names and that is not there, or of another length.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Absent {
+    /// What.
+    pub object: ClusterObject,
+    /// The length that the manifest says.
+    pub len: u64,
+    /// The lengths that are there: of it, and of its copies.
+    pub found: Vec<u64>,
+}
+
 /// What a manifest names, by place in [`Survey::packs`] and [`Survey::parts`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct References {
@@ -108,8 +122,18 @@ pub struct References {
     pub parts: Vec<u32>,
     /// One that is not there, or of another length.
     pub missing: Option<String>,
+    /// All of those, [`ABSENT`] at most.
+    pub absent: Vec<Absent>,
     /// Backups it was compared with.
     pub parents: Vec<BackupLabel>,
+}
+
+impl References {
+    fn lacks(&mut self, object: ClusterObject, len: u64, found: impl Iterator<Item = u64>) {
+        if self.absent.len() < ABSENT {
+            self.absent.push(Absent { object, len, found: found.collect() });
+        }
+    }
 }
 
 /// A base backup that was begun.
@@ -556,6 +580,7 @@ fn refer(survey: &Survey, manifest: &Manifest) -> References {
         let stored = survey.packs.get(places.clone()).unwrap_or_default();
         if !stored.iter().any(|stored| stored.len == pack.len) {
             references.missing = Some(format!("pack/{}", pack.pack));
+            references.lacks(ClusterObject::Pack(pack.pack), pack.len, stored.iter().map(|stored| stored.len));
         }
         if !places.is_empty() {
             references.packs.extend(u32::try_from(places.start));
@@ -566,6 +591,7 @@ fn refer(survey: &Survey, manifest: &Manifest) -> References {
         let stored = survey.parts.get(places.clone()).unwrap_or_default();
         if !stored.iter().any(|stored| stored.len == part.len) {
             references.missing = Some(format!("backup/{}", part.part));
+            references.lacks(ClusterObject::Part(part.part), part.len, stored.iter().map(|stored| stored.len));
         }
         if !places.is_empty() {
             references.parts.extend(u32::try_from(places.start));

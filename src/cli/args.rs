@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Parser, Subcommand};
 
-use super::{backup, check, copy, demo, events, expire, hold, index, init, key, list, log, plan, restore, run, wal};
+use super::{
+    backup, check, copy, demo, drill, events, expire, hold, index, init, key, list, log, plan, restore, run, verify,
+    wal,
+};
 use crate::plan::TimelineChoice;
 use crate::types::BackupLabel;
 
@@ -79,6 +82,10 @@ pub enum Command {
     Wal(wal::Wal),
     /// Copy from one repository into another: all, one base backup, or a window
     Copy(copy::Args),
+    /// See whether all that is kept is there and whole
+    Verify(verify::Args),
+    /// Restore into scratch space, start a server, look at it, remove it
+    Drill(drill::Args),
     /// Remove what no policy asks for, and say why the rest stays
     Expire(expire::Args),
     /// Keep something whatever the policy says

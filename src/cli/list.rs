@@ -19,6 +19,7 @@ use crate::catalog::backups::Sharing;
 use crate::catalog::inventory::{BranchInventory, ClusterInventory, DamagedObject, Hole};
 use crate::catalog::records::{BackupInfo, GapReason};
 use crate::catalog::retention::{Condemned, Held};
+use crate::catalog::verification::Outcome;
 use crate::catalog::{CatalogError, Repository};
 use crate::types::{BackupLabel, Branch, ClusterName, Lsn, PgTimestamp, SegmentSize, SystemId};
 use crate::wal::{Decoder, Fact, fact, may_be_fact};
@@ -207,8 +208,34 @@ struct Cluster {
     /// What is missing behind the oldest base backup.
     holes: Vec<HoleLine>,
     damaged: Vec<Damaged>,
+    /// What the newest verification said; `null`: there was none.
+    verified: Option<Verified>,
+    /// How the newest drill went; `null`: there was none.
+    drill: Option<LastDrill>,
     /// Names that this version does not understand.
     unknown: Vec<String>,
+}
+
+/// What the newest verification said.
+#[derive(Debug, Serialize)]
+struct Verified {
+    at: Timestamp,
+    objects: u64,
+    /// Never found whole.
+    unread_objects: u64,
+    /// Since when every other one was.
+    whole_since: Option<Timestamp>,
+    findings: u64,
+}
+
+/// How the newest drill went.
+#[derive(Debug, Serialize)]
+struct LastDrill {
+    at: Timestamp,
+    target: String,
+    verdict: Outcome,
+    /// What failed.
+    failure: Option<String>,
 }
 
 /// Between which instants the cluster can be restored; empty while there is no usable base backup.
@@ -339,6 +366,19 @@ async fn summary(
         let its = holds.iter().filter(|(_, held, _)| *held == Held::Backup(line.label));
         (line.holds, line.condemned) = (its.map(|(hold, ..)| *hold).collect(), condemned.contains(&line.label));
     }
+    let verified = repository.newest_verification(&inventory.id).await?.map(|newest| Verified {
+        at: newest.ended_at,
+        objects: newest.objects,
+        unread_objects: newest.unread_objects,
+        whole_since: newest.oldest_read,
+        findings: newest.findings.len() as u64 + newest.more_findings,
+    });
+    let drill = repository.drills(&inventory.id, 1).await?.pop().map(|(_, drill)| LastDrill {
+        at: drill.began_at,
+        failure: drill.failure().map(|check| format!("{}: {}", check.check, check.found)),
+        verdict: drill.verdict,
+        target: drill.target,
+    });
     Ok(Cluster {
         repository: repository.name().to_owned(),
         cluster: inventory.id.name.to_string(),
@@ -373,6 +413,8 @@ async fn summary(
             .iter()
             .map(|DamagedObject { name, reason }| Damaged { name: name.clone(), reason: reason.clone() })
             .collect(),
+        verified,
+        drill,
         unknown: inventory.unknown.clone(),
     })
 }
@@ -550,6 +592,7 @@ fn show(context: &Context, cluster: &Cluster) {
         }
         _ => output.line("  Nothing can be restored yet: there is no base backup with all of its WAL."),
     }
+    proofs(cluster).into_iter().for_each(|line| output.line(line));
 
     if !cluster.backups.is_empty() {
         output.line("");
@@ -634,6 +677,38 @@ fn show(context: &Context, cluster: &Cluster) {
         let count = output::count(cluster.unknown.len() as u64, "object");
         output.line(format!("  {count} of unknown names, left alone; the first is {first}"));
     }
+}
+
+/// Since when what is kept is known to be whole.
+fn proofs(cluster: &Cluster) -> Vec<String> {
+    let mut lines = Vec::new();
+    if let Some(Verified { at, objects, unread_objects, whole_since, findings }) = &cluster.verified {
+        let read = match (unread_objects, whole_since) {
+            (0, Some(since)) => format!("every object was found whole since {}", output::time(*since)),
+            (_, None) => "names and lengths alone".to_owned(),
+            (unread, Some(since)) => {
+                format!(
+                    "{unread} of {objects} objects not yet, every other one was found whole since {}",
+                    output::time(*since)
+                )
+            }
+        };
+        lines.push(format!("  Verified         {}: {read}", output::time(*at)));
+        if *findings > 0 {
+            lines.push(format!(
+                "  DAMAGE           {}: `pgkeep verify` lists them",
+                output::count(*findings, "finding")
+            ));
+        }
+    }
+    if let Some(LastDrill { at, target, verdict, failure }) = &cluster.drill {
+        let went = match (verdict, failure) {
+            (Outcome::Passed, _) => "passed".to_owned(),
+            (_, failure) => format!("FAILED at {}", failure.as_deref().unwrap_or("a step that is not known")),
+        };
+        lines.push(format!("  Last drill       {} to {target}: {went}", output::time(*at)));
+    }
+    lines
 }
 
 fn show_holes(context: &Context, cluster: &Cluster) {

@@ -7,6 +7,7 @@
 mod advice;
 pub mod args;
 mod bucket;
+mod care;
 mod chronicle;
 mod context;
 mod error;
@@ -26,6 +27,7 @@ mod backup;
 mod check;
 mod copy;
 mod demo;
+mod drill;
 mod events;
 mod expire;
 mod hold;
@@ -37,6 +39,7 @@ mod log;
 mod plan;
 mod restore;
 mod run;
+mod verify;
 mod wal;
 
 use std::ffi::OsString;
@@ -149,6 +152,8 @@ async fn dispatch(context: &Context, command: Command) -> Result<Exit, CliError>
         Command::Wal(wal::Wal { hook: wal::Command::Push(args) }) => wal::push::run(context, args).await,
         Command::Wal(wal::Wal { hook: wal::Command::Fetch(args) }) => wal::fetch::run(context, args).await,
         Command::Copy(args) => copy::run(context, args).await,
+        Command::Verify(args) => verify::run(context, args).await,
+        Command::Drill(args) => drill::run(context, args).await,
         Command::Expire(args) => expire::run(context, args).await,
         Command::Hold(hold::Hold { what }) => hold::run(context, what).await,
         Command::Key(key::Key { what }) => key::run(context, what).await,

@@ -12,9 +12,9 @@ use super::{CliError, Context, Exit, open};
 use crate::catalog::Repository;
 use crate::catalog::inventory::ClusterInventory;
 use crate::plan::choose::{self, Candidate, Offer};
-use crate::plan::{Options, PlanError, RestorePlan, Target, TargetReading, explain, target};
+use crate::plan::{Options, PlanError, RestorePlan, Target, TargetReading, TimelineChoice, explain, target};
 use crate::restore::{Resolved, RestoreError, WalRead, find_cluster, measure, other_history, resolve_in};
-use crate::types::ClusterId;
+use crate::types::{Branch, ClusterId};
 
 /// `pgkeep plan`: whether and how a target can be reached. Changes nothing, needs no server.
 #[derive(Debug, Clone, clap::Args)]
@@ -37,6 +37,8 @@ pub struct Args {
     pub target: TargetArgs,
 }
 
+/// So many of the newest drills are asked how fast a server replays.
+const DRILLS: usize = 5;
 /// Reading WAL that takes longer is told about.
 const QUIET_FOR: Duration = Duration::from_secs(2);
 
@@ -59,7 +61,11 @@ impl Found<'_> {
         let Resolved { plan, manifest } = &mut self.resolved;
         let sample = measure(self.repository, &plan.cluster, manifest).await;
         let sample = sample.inspect_err(|error| tracing::debug!(%error, "the repository's speed was not measured"));
-        plan.knows_speed(sample.ok());
+        // How fast a server replays, the last drill that was long enough tells.
+        let drills = self.repository.drills(&plan.cluster, DRILLS).await;
+        let drills = drills.inspect_err(|error| tracing::debug!(%error, "no drill was looked at")).unwrap_or_default();
+        let replayed = drills.iter().find_map(|(_, drill)| drill.rate("recovery"));
+        plan.knows_speed(sample.ok(), replayed);
     }
 }
 
@@ -124,6 +130,16 @@ struct No<'a> {
 impl Asked {
     /// Reads the words; opens the repositories.
     pub async fn of(context: &Context, args: &TargetArgs) -> Result<Asked, CliError> {
+        Asked::of_named(context, args, context.cluster_name(), context.repository_name()).await
+    }
+
+    /// [`Asked::of`] this cluster and this repository, whatever was typed.
+    pub async fn of_named(
+        context: &Context,
+        args: &TargetArgs,
+        cluster: Option<&str>,
+        repository: Option<&str>,
+    ) -> Result<Asked, CliError> {
         let tz = args.tz.as_deref().map(target::parse_zone).transpose().map_err(CliError::usage)?;
         let local = TimeZone::system();
         let zone = tz.clone().unwrap_or_else(|| local.clone());
@@ -131,7 +147,7 @@ impl Asked {
         let target = Target::parse(&args.target, args.exclusive, &reading).map_err(CliError::usage)?;
         let options = Options { timeline: args.timeline, backup: args.backup, allow_flagged: false };
         let config = context.config()?;
-        let from = config.read_from_any(context.cluster_name(), context.repository_name())?;
+        let from = config.read_from_any(cluster, repository)?;
         let several = open_all(&from.repositories).await?;
         let named = from.repositories.len() == 1;
         let (mut known, mut away, mut left_out) = (Vec::new(), several.away, Vec::new());
@@ -181,6 +197,22 @@ impl Asked {
             (_, _, None) => return Err(CliError::failed(none_answers(&away))),
         };
         Ok(Asked { known, away, left_out, cluster, named, target, options, zone })
+    }
+
+    /// The repositories that hold the cluster, and what each holds.
+    pub fn known(&self) -> impl Iterator<Item = (&Repository, &ClusterInventory)> {
+        self.known.iter().map(|known| (&known.repository, &known.inventory))
+    }
+
+    /// Asks for another target, on exactly this branch.
+    pub fn aim(&mut self, target: Target, branch: Branch) {
+        self.target = target;
+        self.options.timeline = TimelineChoice::Branch(branch);
+    }
+
+    /// What is asked for, as it was given.
+    pub fn target(&self) -> &str {
+        &self.target.given
     }
 
     /// The plan and the repository to read from, or the answer no.

@@ -242,7 +242,7 @@ async fn databases(
 }
 
 /// Where the base backup is read from: the chosen repository, and those that have the same one, to take over.
-async fn sources(context: &Context, asked: &Asked, found: &Found<'_>) -> Result<Arc<Sources>, CliError> {
+pub(super) async fn sources(context: &Context, asked: &Asked, found: &Found<'_>) -> Result<Arc<Sources>, CliError> {
     let manifest = found.resolved.manifest.clone();
     let mut sources = Sources::new(found.repository.clone(), asked.cluster.clone(), manifest);
     for other in &found.others {
@@ -260,7 +260,7 @@ async fn sources(context: &Context, asked: &Asked, found: &Found<'_>) -> Result<
 
 /// The command by which the restored server gets its WAL: this program, this configuration. It names a repository only
 /// where there is no other: else `wal fetch` asks all of the cluster's.
-fn restore_command(
+pub(super) fn restore_command(
     context: &Context,
     asked: &Asked,
     repository: &Repository,

@@ -154,6 +154,8 @@ impl Checker<'_> {
         let fill_rate = self.rate("fill_rate", written.fill_rate);
         let keep =
             self.policies(name.get_ref(), written.keep, written.keep_in, receivers.as_deref().unwrap_or_default());
+        let verify = self.verify(written.verify_within, written.verify_rate);
+        let drill = self.drill(name.get_ref(), written.drill);
         Some(ClusterConfig {
             name: parsed?,
             conninfo: conninfo?,
@@ -169,6 +171,8 @@ impl Checker<'_> {
             fill_rate: fill_rate?,
             index: written.index.unwrap_or(true),
             keep: keep?,
+            verify: verify?,
+            drill: drill?,
         })
     }
 
@@ -282,7 +286,7 @@ impl Checker<'_> {
     }
 
     /// Bytes a second; the inner `None`: no limit.
-    fn rate(&mut self, setting: &str, written: Option<Spanned<String>>) -> Option<Option<NonZeroU64>> {
+    pub(super) fn rate(&mut self, setting: &str, written: Option<Spanned<String>>) -> Option<Option<NonZeroU64>> {
         let Some(written) = written else { return Some(None) };
         if let Some(rate) = bytes_a_second(written.get_ref()) {
             return Some(Some(rate));

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::care::{self, WrittenDrill};
 use super::error::nearest;
 use super::keep::{self, WrittenKeep, WrittenKeepIn};
 use super::{ConfigError, Problem};
@@ -69,6 +70,9 @@ pub const CLUSTER_SETTINGS: &[Setting] = &[
     with_default("index", "true"),
     setting("keep"),
     setting("keep_in"),
+    with_default("verify_within", "30d"),
+    with_default("verify_rate", "20MB/s"),
+    setting("drill"),
 ];
 
 /// The sections, each with what it may hold.
@@ -222,6 +226,9 @@ pub(super) struct Cluster {
     pub index: Option<bool>,
     pub keep: Option<Spanned<WrittenKeep>>,
     pub keep_in: Option<WrittenKeepIn>,
+    pub verify_within: Option<Spanned<String>>,
+    pub verify_rate: Option<Spanned<String>>,
+    pub drill: Option<Spanned<WrittenDrill>>,
 }
 
 /// Line of a byte offset, from 1.
@@ -266,6 +273,7 @@ pub(super) fn read(text: &str, file: &Path) -> Result<File, ConfigError> {
             }
             if name.as_ref() == "cluster" {
                 keep::unknown(entry.get_ref(), written, &mut found);
+                care::unknown(entry.get_ref(), written, &mut found);
             }
         }
     }

@@ -88,7 +88,7 @@ fn unknown_in(place: &str, policy: &DeTable<'_>, found: &mut impl FnMut(usize, S
 }
 
 /// A span of days and smaller units: a month has no length of its own.
-fn span(text: &str) -> Option<SignedDuration> {
+pub(super) fn span(text: &str) -> Option<SignedDuration> {
     let span: Span = text.parse().ok()?;
     span.to_duration(SpanRelativeTo::days_are_24_hours()).ok().filter(|span| !span.is_negative())
 }

@@ -6,6 +6,7 @@
 //!
 //! Configuration stops at `daemon` and `cli`: they hand each room its own small options.
 
+mod care;
 mod check;
 mod error;
 mod file;
@@ -23,6 +24,7 @@ use std::time::Duration;
 
 use secrecy::SecretString;
 
+pub use care::{DRILL_SETTINGS, Drill, Verify};
 pub use error::{ConfigError, Problem};
 pub use file::{CLUSTER_SETTINGS, REPOSITORY_SETTINGS, Setting};
 pub use keep::{KEEP_SETTINGS, Keep};
@@ -77,6 +79,10 @@ pub struct ClusterConfig {
     pub index: bool,
     /// What retention leaves in each repository, by its name: those without a policy keep everything.
     pub keep: BTreeMap<String, Keep>,
+    /// How much is read in the background to see that it is whole.
+    pub verify: Verify,
+    /// How drills are done; `None`: nothing is said.
+    pub drill: Option<Drill>,
 }
 
 /// One `[repository.NAME]`.

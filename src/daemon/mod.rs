@@ -4,6 +4,7 @@
 //! is told when it happens and again at the end.
 //! Stop: every task makes what it received durable and reports it (`shutdown_deadline`), and is awaited.
 
+pub mod care;
 pub mod events;
 pub mod expire;
 pub mod ladder;

@@ -3,7 +3,8 @@
 //! Two things are counted. The base backup is read, opened and unsealed at a rate that was just measured in the
 //! repository itself, or at [`READ_ASSUMED`] where there was nothing to measure by. Then the server replays the WAL, while it
 //! is read ahead: the slower of the two counts. How fast a server replays depends on its disks, its memory and what was done,
-//! and nothing here can measure it: [`REPLAY_ASSUMED`]. What the disks take to write the files is not counted.
+//! and nothing here can measure it: the last drill tells, or it is
+//! [`REPLAY_ASSUMED`]. What the disks take to write the files is not counted.
 
 use std::time::Duration;
 
@@ -56,12 +57,14 @@ pub struct Estimate {
     pub read_bytes_per_second: u64,
     /// What that was measured by; `None`: it is assumed.
     pub measured: Option<Sample>,
-    /// Bytes of WAL a second that the server is taken to replay. Assumed.
+    /// Bytes of WAL a second that the server is taken to replay.
     pub replay_bytes_per_second: u64,
+    /// That was measured by a drill; else it is assumed.
+    pub replay_measured: bool,
 }
 
-/// The estimate for so much of both.
-pub fn estimate(base_bytes: u64, wal_bytes: u64, sample: Option<Sample>) -> Estimate {
+/// The estimate for so much of both. `replayed`: bytes of WAL a second, as a drill has measured them.
+pub fn estimate(base_bytes: u64, wal_bytes: u64, sample: Option<Sample>, replayed: Option<u64>) -> Estimate {
     let rate = sample.as_ref().and_then(Sample::bytes_per_second);
     let (read_bytes_per_second, measured) = match rate {
         Some(rate) => (rate, sample),
@@ -69,7 +72,8 @@ pub fn estimate(base_bytes: u64, wal_bytes: u64, sample: Option<Sample>) -> Esti
     };
     let at = |bytes: u64, rate: u64| Duration::from_millis(bytes.saturating_mul(1000) / rate.max(1));
     let base = at(base_bytes, read_bytes_per_second);
-    let wal = at(wal_bytes, read_bytes_per_second.min(REPLAY_ASSUMED));
+    let replay = replayed.unwrap_or(REPLAY_ASSUMED);
+    let wal = at(wal_bytes, read_bytes_per_second.min(replay));
     Estimate {
         total: base + wal,
         base,
@@ -78,7 +82,8 @@ pub fn estimate(base_bytes: u64, wal_bytes: u64, sample: Option<Sample>) -> Esti
         wal_bytes,
         read_bytes_per_second,
         measured,
-        replay_bytes_per_second: REPLAY_ASSUMED,
+        replay_bytes_per_second: replay,
+        replay_measured: replayed.is_some(),
     }
 }
 
@@ -96,17 +101,22 @@ mod tests {
     #[test]
     fn what_was_measured_counts_and_else_what_is_assumed() {
         let sample = Sample { bytes: 32_000_000, took: Duration::from_millis(100) };
-        let fast = estimate(32 * GB, 5 * GB, Some(sample));
+        let fast = estimate(32 * GB, 5 * GB, Some(sample), None);
         assert_eq!((fast.base.as_secs(), fast.wal.as_secs(), fast.total.as_secs()), (100, 100, 200));
         assert_eq!((fast.read_bytes_per_second, fast.measured), (320_000_000, Some(sample)));
         // A repository that is slower than a server replays.
-        let slow = estimate(GB, GB, Some(Sample { bytes: 10_000_000, took: Duration::from_secs(1) }));
+        let slow = estimate(GB, GB, Some(Sample { bytes: 10_000_000, took: Duration::from_secs(1) }), None);
         assert_eq!((slow.base.as_secs(), slow.wal.as_secs()), (100, 100));
         for nothing in [None, Some(Sample { bytes: 5000, took: Duration::from_millis(1) })] {
-            let assumed = estimate(GB, 0, nothing);
+            let assumed = estimate(GB, 0, nothing, None);
             assert_eq!((assumed.read_bytes_per_second, assumed.measured), (READ_ASSUMED, None));
             assert_eq!(assumed.total.as_secs(), 10);
         }
+        // What a drill has measured counts, as far as the repository gives it.
+        let drilled = estimate(0, 2 * GB, Some(sample), Some(100_000_000));
+        assert_eq!((drilled.wal.as_secs(), drilled.replay_measured), (20, true));
+        let held_up = estimate(0, GB, Some(Sample { bytes: 10_000_000, took: Duration::from_secs(1) }), Some(GB));
+        assert_eq!(held_up.wal.as_secs(), 100);
     }
 
     proptest! {
@@ -117,8 +127,8 @@ mod tests {
             bytes in any::<u64>(), micros in 0u64..1 << 40,
         ) {
             let sample = Some(Sample { bytes, took: Duration::from_micros(micros) });
-            let more = estimate(base, wal, sample);
-            let part = estimate(base.min(less.0), wal.min(less.1), sample);
+            let more = estimate(base, wal, sample, None);
+            let part = estimate(base.min(less.0), wal.min(less.1), sample, None);
             prop_assert!(part.base <= more.base && part.wal <= more.wal && part.total <= more.total);
         }
     }

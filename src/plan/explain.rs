@@ -132,7 +132,11 @@ fn estimated(estimate: &Estimate) -> String {
         None => "assumed".to_owned(),
     };
     let replay = estimate.replay_bytes_per_second.min(estimate.read_bytes_per_second);
-    let why = if replay < estimate.replay_bytes_per_second { "as it is read" } else { "assumed of a server" };
+    let why = match (replay < estimate.replay_bytes_per_second, estimate.replay_measured) {
+        (true, _) => "as it is read",
+        (false, true) => "as in the last drill",
+        (false, false) => "assumed of a server",
+    };
     format!(
         "about {}, and no more than an estimate: {} of base at {}/s ({by}), then {} of WAL at {}/s ({why})",
         about(u64::try_from(estimate.total.as_millis().div_ceil(1000)).unwrap_or(u64::MAX)),

@@ -146,10 +146,10 @@ impl RestorePlan {
         self.proof.base_objects_opened = objects;
     }
 
-    /// Adds how long it may take, by what was read to measure it.
-    pub fn knows_speed(&mut self, sample: Option<Sample>) {
+    /// Adds how long it may take, by what was read to measure it, and by the bytes of WAL a second that a drill replayed.
+    pub fn knows_speed(&mut self, sample: Option<Sample>, replayed: Option<u64>) {
         let base = self.fetch.base_content_bytes.unwrap_or(self.fetch.base_bytes);
-        self.estimate = Some(estimate(base, self.fetch.wal_bytes, sample));
+        self.estimate = Some(estimate(base, self.fetch.wal_bytes, sample, replayed));
     }
 
     /// Adds the content keys that were met in headers.

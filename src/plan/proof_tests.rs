@@ -149,7 +149,7 @@ fn a_plan_says_where_the_target_is_and_what_was_checked() {
     }
     assert!(!text.contains("estimate"), "nobody asked for one: {text}");
     let mut timed = committed.clone();
-    timed.knows_speed(Some(Sample { bytes: 32_000_000, took: std::time::Duration::from_millis(100) }));
+    timed.knows_speed(Some(Sample { bytes: 32_000_000, took: std::time::Duration::from_millis(100) }), None);
     let text = words(&timed);
     assert!(
         text.contains("estimate  about 4 seconds, and no more than an estimate: 1.1 GB of base at 320 MB/s"),

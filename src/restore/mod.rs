@@ -25,7 +25,7 @@ mod marker;
 pub mod place;
 mod rates;
 pub mod resolve;
-mod running;
+pub mod running;
 mod said;
 pub mod settings;
 mod sources;

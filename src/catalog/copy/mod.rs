@@ -9,6 +9,7 @@
 //! Memory: one object as it is (at most 64 MiB and its seals), or one that is sealed anew while it arrives.
 
 mod backup;
+mod check;
 mod object;
 mod open;
 mod parts;
