@@ -5,6 +5,7 @@
 //! - [`Repository`] is a repository opened with its key; [`writer`] puts objects into it, [`reader`] gets them out;
 //! - [`backups`] tells what the base backups share, and whether all that one names is there;
 //! - [`survey`] is everything of a cluster that retention judges; [`retention`] what it writes down;
+//! - [`lease`] is what one holder at a time has;
 //! - [`copy`] brings them from one repository into another;
 //! - [`inventory`] is a picture of what is there, in plain values; [`load`] takes it.
 //!
@@ -20,6 +21,7 @@ pub mod inventory;
 mod join;
 mod kinds;
 pub mod layout;
+pub mod lease;
 pub mod load;
 mod off_thread;
 mod prefix;

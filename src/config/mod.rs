@@ -6,6 +6,8 @@
 //!
 //! Configuration stops at `daemon` and `cli`: they hand each room its own small options.
 
+mod alert;
+mod changes;
 mod check;
 mod error;
 mod file;
@@ -13,6 +15,7 @@ mod keep;
 mod key;
 mod locate;
 mod place;
+mod schedule;
 mod template;
 
 use std::collections::BTreeMap;
@@ -23,12 +26,15 @@ use std::time::Duration;
 
 use secrecy::SecretString;
 
+pub use alert::{AlertConfig, AlertUrl, AlertWay, DaemonConfig, QuietTimes, WebhookFormat};
+pub use changes::Changes;
 pub use error::{ConfigError, Problem};
-pub use file::{CLUSTER_SETTINGS, REPOSITORY_SETTINGS, Setting};
+pub use file::{ALERT_SETTINGS, CLUSTER_SETTINGS, DAEMON_SETTINGS, REPOSITORY_SETTINGS, Setting};
 pub use keep::{KEEP_SETTINGS, Keep};
 pub use key::{KeyMaterial, KeyOrigin, KeySource, read_secret};
 pub use locate::{ENVIRONMENT_VARIABLE, SOUGHT, locate};
 pub use place::{Checksum, CloudPlace, LockMode, ObjectLock, Place, S3Credentials, S3Place};
+pub use schedule::{CronTimes, Schedule, When};
 pub use template::{NewPlace, Template};
 
 use crate::types::ClusterName;
@@ -42,6 +48,10 @@ pub struct Config {
     pub clusters: Vec<ClusterConfig>,
     /// `[repository.NAME]`, sorted by name.
     pub repositories: Vec<RepositoryConfig>,
+    /// `[alert.NAME]`, sorted by name.
+    pub alerts: Vec<AlertConfig>,
+    /// `[daemon]`.
+    pub daemon: DaemonConfig,
 }
 
 /// One `[cluster.NAME]`.
@@ -77,6 +87,8 @@ pub struct ClusterConfig {
     pub index: bool,
     /// What retention leaves in each repository, by its name: those without a policy keep everything.
     pub keep: BTreeMap<String, Keep>,
+    /// When base backups are taken without being asked for.
+    pub schedule: Schedule,
 }
 
 /// One `[repository.NAME]`.
