@@ -22,6 +22,9 @@ export PGKEEP_PG_BINDIRS="${PGKEEP_PG_BINDIRS:+$PGKEEP_PG_BINDIRS:}$found"
 [ -n "${PGKEEP_MOTO:-}" ] || PGKEEP_MOTO=$(testenv/moto.sh) || echo "test: no moto" >&2
 export PGKEEP_MOTO=${PGKEEP_MOTO:-}
 
+[ -n "${PGKEEP_PROMTOOL:-}" ] || PGKEEP_PROMTOOL=$(testenv/promtool.sh) || echo "test: no promtool" >&2
+if [ -n "${PGKEEP_PROMTOOL:-}" ]; then export PGKEEP_PROMTOOL; else unset PGKEEP_PROMTOOL; fi
+
 engine=yes
 if [ -z "${PGKEEP_CONTAINERS:-}" ]; then
   PGKEEP_CONTAINERS=$(testenv/containers.sh) || { [ $? -ne 3 ] || engine=no; PGKEEP_CONTAINERS=; }

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pgkeep::config::{
-    CLUSTER_SETTINGS, Config, ConfigError, KeyOrigin, LockMode, ObjectLock, Place, REPOSITORY_SETTINGS,
+    ALERT_SETTINGS, AlertWay, CLUSTER_SETTINGS, Config, ConfigError, DAEMON_SETTINGS, KeyOrigin, LockMode, ObjectLock,
+    Place, REPOSITORY_SETTINGS, Setting, WebhookFormat, When,
 };
 
 const FILE: &str = "/etc/pgkeep/pgkeep.toml";
@@ -121,6 +122,83 @@ fn each_repository_has_its_policy() {
     for (line, want) in cases {
         let said = mistake(&good_and(line));
         assert!(said.contains(want), "{line}: {said}");
+    }
+}
+
+#[test]
+fn when_base_backups_are_taken() {
+    let of = |lines: &str| parse(&good_and(lines)).unwrap().clusters[0].schedule.clone();
+    assert!(parse(GOOD).unwrap().clusters[0].schedule.is_empty());
+    let nightly = of("backup = \"0 3 * * *\"\nbackup_time_zone = \"Europe/Berlin\"");
+    let Some(When::Cron(times)) = &nightly.when else { panic!("{nightly:?}") };
+    let next = times.after("2026-07-01T12:00:00Z".parse().unwrap()).unwrap();
+    assert_eq!(next.to_string(), "2026-07-02T01:00:00Z");
+    let both = of("backup_every = \"1d\"\nrestore_within = \"30m\"");
+    assert_eq!(both.when, Some(When::Every(Duration::from_secs(86_400))));
+    assert_eq!(both.restore_within, Some(Duration::from_secs(1800)));
+    let cases = [
+        ("backup = \"0 3 * *\"", "is not five fields as in crontab"),
+        ("backup = \"0 25 * * *\"", "is not five fields as in crontab"),
+        ("backup = \"0 0 31 2 *\"", "never comes"),
+        ("backup = \"0 3 * * *\"\nbackup_every = \"24h\"", "leave one of them"),
+        ("backup = \"0 3 * * *\"\nbackup_time_zone = \"Europe/Berlim\"", "is no time zone"),
+        ("backup_time_zone = \"Europe/Berlin\"", "goes with backup"),
+        ("backup_every = \"0s\"", "out of range"),
+        ("backup_every = \"daily\"", "is not a span"),
+        ("restore_within = \"-1h\"", "is not a span"),
+    ];
+    for (lines, want) in cases {
+        let said = mistake(&good_and(lines));
+        assert!(said.contains(want) && (said.contains(":8:") || said.contains(":9:")), "{lines}: {said}");
+    }
+}
+
+#[test]
+fn what_is_shown_and_who_is_told() {
+    let text = good_and(
+        r#"[daemon]
+listen = "[::1]:9187"
+behind = "90s"
+behind_bytes = "200MB"
+refresh = "1h"
+[alert.chat]
+webhook = "https://hooks.example/services/hunter2"
+format = "slack"
+quiet = "22:00-06:00"
+quiet_time_zone = "Europe/Berlin"
+repeat = "4h"
+[alert.page]
+command = ["/usr/local/bin/page", "--team", "db"]
+[alert.pulse]
+heartbeat = "http://beat.example:8080/hunter2"
+every = "30s""#,
+    );
+    let config = parse(&text).unwrap();
+    assert_eq!(config.daemon.listen.unwrap().port(), 9187);
+    assert_eq!((config.daemon.behind.as_secs(), config.daemon.behind_bytes), (90, 200_000_000));
+    assert_eq!(config.daemon.refresh.as_secs(), 3600);
+    let [chat, page, pulse] = config.alerts.as_slice() else { panic!("{config:?}") };
+    assert!(matches!(&chat.way, AlertWay::Webhook { format: WebhookFormat::Slack, .. }) && chat.quiet.is_some());
+    assert!(matches!(&page.way, AlertWay::Command(command) if command.len() == 3));
+    assert!(matches!(&pulse.way, AlertWay::Heartbeat { every, .. } if every.as_secs() == 30));
+    assert!(!format!("{config:?}").contains("hunter2"), "a URL may hold a secret");
+    let cases = [
+        ("[daemon]\nlisten = \"9187\"", ":9:", "is not an address and port"),
+        ("[daemon]\nlisen = \"127.0.0.1:1\"", ":9:", "did you mean \"listen\"?"),
+        ("[deamon]\nlisten = \"127.0.0.1:1\"", ":8:", "did you mean [daemon]?"),
+        ("[daemon]\nbehind_bytes = \"1\"", ":9:", "is not a size"),
+        ("[alert.x]\nrepeat = \"1h\"", ":8:", "needs one of webhook, command, heartbeat"),
+        ("[alert.x]\nwebhook = \"hunter2\"", ":9:", "is not a URL"),
+        ("[alert.x]\nwebhook = \"https://a/\"\nformat = \"xml\"", ":10:", "neither \"json\" nor \"slack\""),
+        ("[alert.x]\ncommand = []", ":9:", "is empty"),
+        ("[alert.x]\ncommand = [\"x\"]\nquiet = \"at night\"", ":10:", "is not hours"),
+        ("[alert.x]\ncommand = [\"x\"]\nevery = \"1m\"", ":10:", "goes with heartbeat"),
+        ("[alert.x]\nheartbeat = \"http://a/\"\nquiet = \"1:00-2:00\"", ":10:", "no meaning for a heartbeat"),
+        ("[alert.x]\nwebhok = \"https://a/\"", ":9:", "did you mean \"webhook\"?"),
+    ];
+    for (lines, line, want) in cases {
+        let said = mistake(&good_and(lines));
+        assert!(said.contains(want) && said.contains(line) && !said.contains("hunter2"), "{lines}: {said}");
     }
 }
 
@@ -306,14 +384,17 @@ fn a_missing_file_is_named() {
 #[test]
 fn the_reference_names_every_setting() {
     let page = include_str!("../docs/reference/configuration.md");
-    for setting in REPOSITORY_SETTINGS.iter().chain(CLUSTER_SETTINGS) {
+    let all = || -> Vec<&Setting> {
+        [REPOSITORY_SETTINGS, CLUSTER_SETTINGS, DAEMON_SETTINGS, ALERT_SETTINGS].into_iter().flatten().collect()
+    };
+    for setting in all() {
         let row = page.lines().find(|line| line.starts_with(&format!("| `{}` |", setting.name)));
         let row = row.unwrap_or_else(|| panic!("{} has no row", setting.name));
         if let Some(default) = setting.default {
             assert!(row.contains(&format!("`{default}`")), "{}: its default {default} is not in {row:?}", setting.name);
         }
     }
-    let known = |name: &str| REPOSITORY_SETTINGS.iter().chain(CLUSTER_SETTINGS).any(|setting| setting.name == name);
+    let known = |name: &str| all().iter().any(|setting| setting.name == name);
     let rows = page.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
     for name in rows.filter(|name| name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')) {
         assert!(known(name), "{name} is in the reference, but no setting");

@@ -7,6 +7,7 @@
 //! - [`keys`] are its content keys and for whom they are wrapped; [`events`] what was done, chained by digest;
 //! - [`survey`] is everything of a cluster that retention judges; [`retention`] what it writes down;
 //! - [`verification`] is what verifications and drills leave;
+//! - [`lease`] is what one holder at a time has;
 //! - [`copy`] brings them from one repository into another;
 //! - [`inventory`] is a picture of what is there, in plain values; [`load`] takes it.
 //!
@@ -24,6 +25,7 @@ mod join;
 pub mod keys;
 mod kinds;
 pub mod layout;
+pub mod lease;
 pub mod load;
 mod off_thread;
 mod prefix;

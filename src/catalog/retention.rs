@@ -156,6 +156,20 @@ pub struct LeaseRecord {
     /// The WAL that recovery needs.
     #[serde(default)]
     pub wal: Vec<WalRange>,
+    /// How far the work is: bytes done, and in all where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<(u64, Option<u64>)>,
+    /// The holder has let go: the next one need not wait.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub released: bool,
+}
+
+impl LeaseRecord {
+    /// Of somebody who has begun just now, and names nothing yet.
+    pub fn new(purpose: &str, writer: Id128, began_at: Timestamp) -> LeaseRecord {
+        let (purpose, wal) = (purpose.to_owned(), Vec::new());
+        LeaseRecord { purpose, writer, began_at, backup: None, wal, progress: None, released: false }
+    }
 }
 
 impl Record for LeaseRecord {
@@ -406,8 +420,7 @@ impl Repository {
     /// # Errors
     /// What the store says.
     pub async fn ask_store_time(&self, cluster: &ClusterId) -> Result<Timestamp, CatalogError> {
-        let (purpose, writer, began_at) = ("clock".to_owned(), self.writer(), self.now());
-        let record = LeaseRecord { purpose, writer, began_at, backup: None, wal: Vec::new() };
+        let record = LeaseRecord::new("clock", self.writer(), self.now());
         let lease = self.begin_lease(cluster, &record).await?;
         let object = Object::Of(cluster.clone(), ClusterObject::Lease(lease.clone()));
         let seen = self.names_of(&object).await?.into_iter().map(|(_, put_at)| put_at).max();

@@ -26,13 +26,8 @@ pub(super) async fn leased<T>(
     let wal = plan.wal.iter().map(|need| WalRange { branch: need.branch, from: need.from, to: need.to });
     let wal: Vec<WalRange> = wal.collect();
     let beating = futures_util::future::join_all(repositories.iter().map(|repository| {
-        let record = LeaseRecord {
-            purpose: "restore".to_owned(),
-            writer: repository.writer(),
-            began_at: repository.now(),
-            backup: Some(plan.base.label),
-            wal: wal.clone(),
-        };
+        let empty = LeaseRecord::new("restore", repository.writer(), repository.now());
+        let record = LeaseRecord { backup: Some(plan.base.label), wal: wal.clone(), ..empty };
         async move { beat(repository, cluster, &record).await }
     }));
     let beating = async {

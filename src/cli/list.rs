@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::hold::in_force;
 use super::ladder::{Ladder, ask, ladder};
 use super::output::{self, Align, Table};
+use super::scheduled::ScheduleLine;
 use super::several::{Away, open_all};
 use super::standing::{Standing, lags, missing};
 use super::{CliError, Context, Exit, open};
@@ -21,6 +22,7 @@ use crate::catalog::records::{BackupInfo, GapReason};
 use crate::catalog::retention::{Condemned, Held};
 use crate::catalog::verification::Outcome;
 use crate::catalog::{CatalogError, Repository};
+use crate::config::{ClusterConfig, Config};
 use crate::types::{BackupLabel, Branch, ClusterName, Lsn, PgTimestamp, SegmentSize, SystemId};
 use crate::wal::{Decoder, Fact, fact, may_be_fact};
 
@@ -67,7 +69,7 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
     let (alone, mut standings) = (places.len() == 1, Vec::new());
     for (repository, _) in several.open {
         // One that fails now does not hide what the others hold.
-        let (lines, result) = held(&repository, cluster.as_ref()).await;
+        let (lines, result) = held(&config, &repository, cluster.as_ref()).await;
         for (line, standing) in lines {
             document.clusters.push(line);
             standings.push(standing);
@@ -118,6 +120,7 @@ pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
 
 /// What a repository holds, and how far it is; as much as could be read, and why not more.
 async fn held(
+    config: &Config,
     repository: &Repository,
     cluster: Option<&ClusterName>,
 ) -> (Vec<(Cluster, Standing)>, Result<(), CliError>) {
@@ -130,7 +133,14 @@ async fn held(
         for id in ids {
             let (inventory, holes) = missing(repository, &id).await?;
             let mut standing = Standing::of(repository.name(), &inventory);
-            let line = summary(repository, &inventory, holes, &mut standing).await?;
+            let mut line = summary(repository, &inventory, holes, &mut standing).await?;
+            let labels: Vec<BackupLabel> = inventory.backups.iter().map(|backup| backup.label).collect();
+            let its = |of: &&ClusterConfig| {
+                of.name_in_repository == inventory.id.name
+                    && of.repositories.iter().any(|name| name == repository.name())
+            };
+            let schedule = config.clusters.iter().find(its).map(|of| &of.schedule);
+            line.schedule = ScheduleLine::of(repository, &inventory.id, schedule, &labels).await?;
             lines.push((line, standing));
         }
         Ok(())
@@ -200,6 +210,8 @@ struct Cluster {
     restorable: Restorable,
     backups: Vec<BackupLine>,
     unfinished_backups: Vec<BackupLabel>,
+    #[serde(flatten)]
+    schedule: ScheduleLine,
     /// In force now.
     holds: Vec<HoldLine>,
     branches: Vec<BranchLine>,
@@ -240,17 +252,17 @@ struct LastDrill {
 
 /// Between which instants the cluster can be restored; empty while there is no usable base backup.
 #[derive(Debug, Default, Serialize)]
-struct Restorable {
+pub(super) struct Restorable {
     branch: Option<Branch>,
     /// Where the oldest usable base backup is consistent, and when that was.
     from: Option<Lsn>,
-    from_time: Option<Timestamp>,
+    pub(super) from_time: Option<Timestamp>,
     /// The end of the WAL that follows the newest usable base backup without a hole.
     to: Option<Lsn>,
     /// When the newest transaction before `to` ended.
     to_time: Option<Timestamp>,
     /// The archive is known to have been complete at this moment of the server's clock.
-    complete_at: Option<Timestamp>,
+    pub(super) complete_at: Option<Timestamp>,
 }
 
 #[derive(Debug, Serialize)]
@@ -392,6 +404,7 @@ async fn summary(
         backups,
         holds: holds.into_iter().map(|(hold, held, reason)| HoldLine { hold, held, reason }).collect(),
         unfinished_backups: inventory.unfinished_backups.clone(),
+        schedule: ScheduleLine::default(),
         branches,
         gaps: inventory
             .gaps
@@ -474,7 +487,7 @@ fn is_usable(inventory: &ClusterInventory, backup: &BackupInfo) -> bool {
 
 /// The instants between the oldest usable backup and the end of what follows the newest one, on the branch that reaches
 /// furthest. `pgkeep plan` answers for a single instant in between: a hole may lie there.
-fn restorable(inventory: &ClusterInventory) -> Restorable {
+pub(super) fn restorable(inventory: &ClusterInventory) -> Restorable {
     let usable = |backup: &&BackupInfo| backup.flagged.is_none() && is_usable(inventory, backup);
     let backups: Vec<&BackupInfo> = inventory.backups.iter().filter(usable).collect();
     let Some(newest) = backups.last() else { return Restorable::default() };
@@ -593,6 +606,7 @@ fn show(context: &Context, cluster: &Cluster) {
         _ => output.line("  Nothing can be restored yet: there is no base backup with all of its WAL."),
     }
     proofs(cluster).into_iter().for_each(|line| output.line(line));
+    cluster.schedule.lines().into_iter().for_each(|line| output.line(line));
 
     if !cluster.backups.is_empty() {
         output.line("");

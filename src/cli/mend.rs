@@ -4,11 +4,12 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::backup::{copy_to, first_that_answers, note, note_names};
+use super::backup::{CopyOf, copy_to, first_that_answers, note, note_names};
 use super::several::open_all;
 use super::{CliError, Context};
 use crate::archive::Source;
 use crate::backup::{BackupOptions, BackupProgress, BackupSource, backup};
+use crate::catalog::Repository;
 use crate::config::{ClusterConfig, Config};
 use crate::daemon::mend::Mender;
 use crate::pg::Session;
@@ -17,10 +18,10 @@ use crate::types::{Branch, ClusterName};
 
 /// Of one cluster.
 pub struct Backups<'a> {
-    context: &'a Context,
-    config: &'a Config,
-    cluster: &'a ClusterConfig,
-    source: Source,
+    pub(super) context: &'a Context,
+    pub(super) config: &'a Config,
+    pub(super) cluster: &'a ClusterConfig,
+    pub(super) source: Source,
 }
 
 impl<'a> Backups<'a> {
@@ -46,7 +47,7 @@ impl<'a> Backups<'a> {
     }
 
     /// Whoever takes one by hand, or makes a standby: two at a time only slow each other. A role that may not ask goes on.
-    async fn is_under_way(&self) -> bool {
+    pub(super) async fn is_under_way(&self) -> bool {
         let asked = async {
             let mut session = Session::connect(&self.source.conninfo, &self.source.connect).await.ok()?;
             let rows = session.query("SELECT count(*) FROM pg_catalog.pg_stat_progress_basebackup").await;
@@ -58,19 +59,29 @@ impl<'a> Backups<'a> {
 
     async fn take_one(&self, stop: CancellationToken) -> Result<String, CliError> {
         let (repository, _, away) = first_that_answers(self.context, self.config, self.cluster).await?;
+        self.take_into(&repository, &away, &watch::Sender::new(BackupProgress::default()), stop).await
+    }
+
+    /// Takes one into this repository and copies it to the others, but those that are away.
+    pub(super) async fn take_into(
+        &self,
+        repository: &Repository,
+        away: &[CopyOf],
+        progress: &watch::Sender<BackupProgress>,
+        stop: CancellationToken,
+    ) -> Result<String, CliError> {
         let source = BackupSource { conninfo: self.source.conninfo.clone(), connect: self.source.connect.clone() };
-        let progress = watch::Sender::new(BackupProgress::default());
         let (cluster, options) = (&self.cluster.name_in_repository, BackupOptions::default());
-        let manifest = backup(&source, &repository, cluster, &options, &progress, stop).await;
+        let manifest = backup(&source, repository, cluster, &options, progress, stop).await;
         let manifest = manifest.map_err(super::backup::backup_error);
-        note(&repository, cluster, &manifest).await;
+        note(repository, cluster, &manifest).await;
         let manifest = manifest?;
-        let names = note_names(&self.source, cluster, &repository, &manifest.backup).await;
+        let names = note_names(&self.source, cluster, repository, &manifest.backup).await;
         for other in self.config.repositories_of(self.cluster)? {
             if other.name == repository.name() || away.iter().any(|away| away.repository == other.name) {
                 continue;
             }
-            if let Err((_, why)) = copy_to(self.context, &repository, other, &manifest, names.as_ref(), cluster).await {
+            if let Err((_, why)) = copy_to(self.context, repository, other, &manifest, names.as_ref(), cluster).await {
                 let label = manifest.backup.label;
                 tracing::warn!(cluster = %self.cluster.name, "base backup {label} is not in repository {}: {why}", other.name);
             }

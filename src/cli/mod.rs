@@ -19,9 +19,12 @@ mod mend;
 pub mod open;
 pub mod output;
 mod place;
+mod reread;
+mod scheduled;
 mod several;
 mod signal;
 mod standing;
+mod watching;
 
 mod backup;
 mod check;

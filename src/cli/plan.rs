@@ -61,12 +61,15 @@ impl Found<'_> {
         let Resolved { plan, manifest } = &mut self.resolved;
         let sample = measure(self.repository, &plan.cluster, manifest).await;
         let sample = sample.inspect_err(|error| tracing::debug!(%error, "the repository's speed was not measured"));
-        // How fast a server replays, the last drill that was long enough tells.
-        let drills = self.repository.drills(&plan.cluster, DRILLS).await;
-        let drills = drills.inspect_err(|error| tracing::debug!(%error, "no drill was looked at")).unwrap_or_default();
-        let replayed = drills.iter().find_map(|(_, drill)| drill.rate("recovery"));
-        plan.knows_speed(sample.ok(), replayed);
+        plan.knows_speed(sample.ok(), replayed(self.repository, &plan.cluster).await);
     }
+}
+
+/// How fast a server replays, in bytes of WAL a second, as the last drill that was long enough has measured it.
+pub(super) async fn replayed(repository: &Repository, cluster: &ClusterId) -> Option<u64> {
+    let drills = repository.drills(cluster, DRILLS).await;
+    let drills = drills.inspect_err(|error| tracing::debug!(%error, "no drill was looked at")).unwrap_or_default();
+    drills.iter().find_map(|(_, drill)| drill.rate("recovery"))
 }
 
 /// A repository that holds the cluster.

@@ -11,6 +11,7 @@ use toml::Spanned;
 use super::error::nearest;
 use super::file::{self, File, line_of};
 use super::place::place;
+use super::schedule::WrittenSchedule;
 use super::{ClusterConfig, Config, ConfigError, KeyOrigin, KeySource, Problem, RepositoryConfig};
 use crate::types::ClusterName;
 
@@ -33,9 +34,11 @@ pub(super) fn check(written: File, text: &str, file: &Path) -> Result<Config, Co
     if names.is_empty() {
         checker.problem(None, "there is no [repository.NAME]: pgkeep needs a place to keep things".to_owned());
     }
+    let alerts: Vec<_> = written.alert.into_iter().filter_map(|(name, alert)| checker.alert(&name, alert)).collect();
+    let daemon = checker.daemon(written.daemon);
     checker.pairs(&repositories, &clusters);
-    if checker.problems.is_empty() {
-        return Ok(Config { file: file.to_owned(), clusters, repositories });
+    if let (true, Some(daemon)) = (checker.problems.is_empty(), daemon) {
+        return Ok(Config { file: file.to_owned(), clusters, repositories, alerts, daemon });
     }
     checker.problems.sort_by_key(|problem| problem.line);
     Err(ConfigError::Invalid { problems: checker.problems })
@@ -156,6 +159,10 @@ impl Checker<'_> {
             self.policies(name.get_ref(), written.keep, written.keep_in, receivers.as_deref().unwrap_or_default());
         let verify = self.verify(written.verify_within, written.verify_rate);
         let drill = self.drill(name.get_ref(), written.drill);
+        let (backup, backup_time_zone) = (written.backup, written.backup_time_zone);
+        let (backup_every, restore_within) = (written.backup_every, written.restore_within);
+        let schedule =
+            self.schedule(&label, WrittenSchedule { backup, backup_time_zone, backup_every, restore_within });
         Some(ClusterConfig {
             name: parsed?,
             conninfo: conninfo?,
@@ -173,6 +180,7 @@ impl Checker<'_> {
             keep: keep?,
             verify: verify?,
             drill: drill?,
+            schedule: schedule?,
         })
     }
 

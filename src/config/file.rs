@@ -8,6 +8,7 @@ use serde::Deserialize;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::alert::{WrittenAlert, WrittenDaemon};
 use super::care::{self, WrittenDrill};
 use super::error::nearest;
 use super::keep::{self, WrittenKeep, WrittenKeepIn};
@@ -73,10 +74,35 @@ pub const CLUSTER_SETTINGS: &[Setting] = &[
     with_default("verify_within", "30d"),
     with_default("verify_rate", "20MB/s"),
     setting("drill"),
+    setting("backup"),
+    with_default("backup_time_zone", "UTC"),
+    setting("backup_every"),
+    setting("restore_within"),
 ];
 
-/// The sections, each with what it may hold.
-const SECTIONS: [(&str, &[Setting]); 2] = [("repository", REPOSITORY_SETTINGS), ("cluster", CLUSTER_SETTINGS)];
+/// Every setting of `[alert.NAME]`.
+pub const ALERT_SETTINGS: &[Setting] = &[
+    setting("webhook"),
+    with_default("format", "json"),
+    setting("command"),
+    setting("heartbeat"),
+    with_default("every", "1m"),
+    setting("quiet"),
+    with_default("quiet_time_zone", "UTC"),
+    setting("repeat"),
+];
+
+/// Every setting of `[daemon]`, which has no name of its own.
+pub const DAEMON_SETTINGS: &[Setting] = &[
+    setting("listen"),
+    with_default("behind", "5m"),
+    with_default("behind_bytes", "1GB"),
+    with_default("refresh", "10m"),
+];
+
+/// The sections that have names, each with what it may hold.
+const SECTIONS: [(&str, &[Setting]); 3] =
+    [("repository", REPOSITORY_SETTINGS), ("cluster", CLUSTER_SETTINGS), ("alert", ALERT_SETTINGS)];
 
 /// No `Debug`: a conninfo may hold a password.
 #[derive(Deserialize)]
@@ -86,6 +112,10 @@ pub(super) struct File {
     pub repository: BTreeMap<Spanned<String>, Repository>,
     #[serde(default)]
     pub cluster: BTreeMap<Spanned<String>, Cluster>,
+    #[serde(default)]
+    pub alert: BTreeMap<Spanned<String>, WrittenAlert>,
+    #[serde(default)]
+    pub daemon: WrittenDaemon,
 }
 
 #[derive(Deserialize)]
@@ -229,6 +259,10 @@ pub(super) struct Cluster {
     pub verify_within: Option<Spanned<String>>,
     pub verify_rate: Option<Spanned<String>>,
     pub drill: Option<Spanned<WrittenDrill>>,
+    pub backup: Option<Spanned<String>>,
+    pub backup_time_zone: Option<Spanned<String>>,
+    pub backup_every: Option<Spanned<String>>,
+    pub restore_within: Option<Spanned<String>>,
 }
 
 /// Line of a byte offset, from 1.
@@ -251,6 +285,13 @@ pub(super) fn read(text: &str, file: &Path) -> Result<File, ConfigError> {
         problems.push(Problem { file: file.to_owned(), line: Some(line_of(text, offset)), what });
     };
     for (section, value) in document.get_ref() {
+        if section.get_ref() == "daemon" {
+            match value.get_ref() {
+                DeValue::Table(written) => unknown_in_daemon(written, &mut found),
+                _ => found(section.span().start, "daemon is a section: write [daemon]".to_owned()),
+            }
+            continue;
+        }
         let Some((_, settings)) = SECTIONS.iter().find(|(name, _)| *name == section.get_ref().as_ref()) else {
             found(section.span().start, unknown_section(section.get_ref()));
             continue;
@@ -285,9 +326,29 @@ pub(super) fn read(text: &str, file: &Path) -> Result<File, ConfigError> {
 }
 
 fn unknown_section(name: &str) -> String {
-    match nearest(name, SECTIONS.iter().map(|(name, _)| *name)) {
+    match nearest(name, SECTIONS.iter().map(|(name, _)| *name).chain(["daemon"])) {
+        Some("daemon") => format!("unknown section {name:?}; did you mean [daemon]?"),
         Some(section) => format!("unknown section {name:?}; did you mean [{section}.NAME]?"),
-        None => format!("unknown section {name:?}; there are [repository.NAME] and [cluster.NAME]"),
+        None => {
+            format!("unknown section {name:?}; there are [repository.NAME], [cluster.NAME], [alert.NAME] and [daemon]")
+        }
+    }
+}
+
+fn unknown_in_daemon(written: &DeTable<'_>, found: &mut impl FnMut(usize, String)) {
+    let is_known = |name: &str| DAEMON_SETTINGS.iter().any(|known| known.name == name);
+    for name in written.keys().filter(|name| !is_known(name.get_ref())) {
+        let start = format!("unknown setting {:?} in [daemon]", name.get_ref());
+        found(
+            name.span().start,
+            match nearest(name.get_ref(), DAEMON_SETTINGS.iter().map(|known| known.name)) {
+                Some(known) => format!("{start}; did you mean {known:?}?"),
+                None => {
+                    let names: Vec<_> = DAEMON_SETTINGS.iter().map(|known| known.name).collect();
+                    format!("{start}; there are {}", names.join(", "))
+                }
+            },
+        );
     }
 }
 
@@ -313,9 +374,11 @@ mod tests {
     /// The lists above and the structs must name the same settings: serde's own message is the judge.
     #[test]
     fn the_lists_are_what_serde_reads() {
-        for (section, settings) in SECTIONS {
+        for (section, settings) in SECTIONS.into_iter().chain([("daemon", DAEMON_SETTINGS)]) {
             let message = match section {
                 "repository" => toml::from_str::<Repository>("zzz = 1").err(),
+                "alert" => toml::from_str::<WrittenAlert>("zzz = 1").err(),
+                "daemon" => toml::from_str::<WrittenDaemon>("zzz = 1").err(),
                 _ => toml::from_str::<Cluster>("zzz = 1").err(),
             };
             let message = message.unwrap().message().to_owned();

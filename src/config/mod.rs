@@ -6,7 +6,9 @@
 //!
 //! Configuration stops at `daemon` and `cli`: they hand each room its own small options.
 
+mod alert;
 mod care;
+mod changes;
 mod check;
 mod error;
 mod file;
@@ -14,6 +16,7 @@ mod keep;
 mod key;
 mod locate;
 mod place;
+mod schedule;
 mod template;
 
 use std::collections::BTreeMap;
@@ -24,13 +27,16 @@ use std::time::Duration;
 
 use secrecy::SecretString;
 
+pub use alert::{AlertConfig, AlertUrl, AlertWay, DaemonConfig, QuietTimes, WebhookFormat};
 pub use care::{DRILL_SETTINGS, Drill, Verify};
+pub use changes::Changes;
 pub use error::{ConfigError, Problem};
-pub use file::{CLUSTER_SETTINGS, REPOSITORY_SETTINGS, Setting};
+pub use file::{ALERT_SETTINGS, CLUSTER_SETTINGS, DAEMON_SETTINGS, REPOSITORY_SETTINGS, Setting};
 pub use keep::{KEEP_SETTINGS, Keep};
 pub use key::{KeyMaterial, KeyOrigin, KeySource, read_passphrase, read_secret};
 pub use locate::{ENVIRONMENT_VARIABLE, SOUGHT, locate};
 pub use place::{Checksum, CloudPlace, LockMode, ObjectLock, Place, S3Credentials, S3Place};
+pub use schedule::{CronTimes, Schedule, When};
 pub use template::{NewPlace, Template};
 
 use crate::types::ClusterName;
@@ -44,6 +50,10 @@ pub struct Config {
     pub clusters: Vec<ClusterConfig>,
     /// `[repository.NAME]`, sorted by name.
     pub repositories: Vec<RepositoryConfig>,
+    /// `[alert.NAME]`, sorted by name.
+    pub alerts: Vec<AlertConfig>,
+    /// `[daemon]`.
+    pub daemon: DaemonConfig,
 }
 
 /// One `[cluster.NAME]`.
@@ -83,6 +93,8 @@ pub struct ClusterConfig {
     pub verify: Verify,
     /// How drills are done; `None`: nothing is said.
     pub drill: Option<Drill>,
+    /// When base backups are taken without being asked for.
+    pub schedule: Schedule,
 }
 
 /// One `[repository.NAME]`.

@@ -4,11 +4,16 @@
 //! is told when it happens and again at the end.
 //! Stop: every task makes what it received durable and reports it (`shutdown_deadline`), and is awaited.
 
+pub mod alert;
 pub mod care;
 pub mod events;
 pub mod expire;
+pub mod health;
+pub mod http;
 pub mod ladder;
 pub mod mend;
+pub mod notify;
+pub mod schedule;
 
 use std::collections::HashMap;
 

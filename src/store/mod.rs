@@ -12,6 +12,7 @@
 
 pub mod cloud;
 pub mod conformance;
+pub mod counts;
 mod error;
 pub mod faulty;
 pub mod fs;

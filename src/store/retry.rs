@@ -15,6 +15,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::time::Instant;
 
+use super::counts;
 use super::faulty::Random;
 use super::{Body, Created, Key, ListRequest, Listing, MAX_BODY, ObjectMeta, Op, Store, StoreError, Tail};
 
@@ -107,6 +108,9 @@ impl Retry {
                 Ok(result) => result,
                 Err(_) => Err(StoreError::TimedOut { op, at: format!("{at} in {}", self.describe()), after }),
             };
+            if let Err(error) = &result {
+                counts::failed(error);
+            }
             let error = match result {
                 Err(error) if error.is_transient() && number < self.policy.attempts => error,
                 done => return (done, number > 1),
@@ -118,6 +122,7 @@ impl Retry {
             }
             tracing::debug!(%op, at, attempt = number, ?wait, %error, "trying again");
             tokio::time::sleep(wait).await;
+            counts::tried_again();
             number += 1;
         }
     }

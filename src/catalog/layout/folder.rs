@@ -191,3 +191,8 @@ pub fn read_log(folder: &str) -> Option<u32> {
 pub fn read_label(folder: &str) -> Option<BackupLabel> {
     last_part(folder)?.parse().ok()
 }
+
+/// The beats of one lease.
+pub fn lease(cluster: &ClusterId, name: &str) -> String {
+    format!("{cluster}/lease/{name}/")
+}

@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -20,7 +21,8 @@ use self::judge::{Archive, Item, Server, State};
 use super::standing::{Standing, lags};
 use super::{CliError, Context, Exit, bucket, open, place};
 use crate::catalog::Repository;
-use crate::config::{ClusterConfig, Place, RepositoryConfig};
+use crate::config::{AlertWay, ClusterConfig, Config, Place, RepositoryConfig};
+use crate::daemon::alert::send::{send, test_notice};
 use crate::store::Store;
 
 /// How long everything about one repository, or one server, may take. A person waits.
@@ -33,12 +35,20 @@ Exit code 0: all is well, or worth a warning. 1: something is not ok; its line s
 
 Example:
   pgkeep check
-  pgkeep check --cluster main --json")]
-pub struct Args {}
+  pgkeep check --cluster main --json
+  pgkeep check --alerts")]
+pub struct Args {
+    /// Send a test through each [alert.NAME] instead, and say which took it
+    #[arg(long)]
+    pub alerts: bool,
+}
 
 /// Runs the command.
-pub async fn run(context: &Context, _args: Args) -> Result<Exit, CliError> {
+pub async fn run(context: &Context, args: Args) -> Result<Exit, CliError> {
     let config = context.config()?;
+    if args.alerts {
+        return Ok(alerts(context, &config).await.tell(context));
+    }
     let clusters = match (config.clusters.is_empty(), context.cluster_name()) {
         (true, None) => Vec::new(),
         (_, name) => config.clusters(name)?,
@@ -82,6 +92,31 @@ pub async fn run(context: &Context, _args: Args) -> Result<Exit, CliError> {
         }
     }
     Ok(report.tell(context))
+}
+
+/// A test through each channel, all at once.
+async fn alerts(context: &Context, config: &Config) -> Report {
+    let test = test_notice("a test by `pgkeep check --alerts`; nothing is wrong");
+    let sent = config.alerts.iter().map(|channel| send(&channel.way, &test));
+    let mut report = Report::default();
+    for (channel, sent) in config.alerts.iter().zip(join_all(sent).await) {
+        let way = match &channel.way {
+            AlertWay::Webhook { url, .. } => format!("webhook {url}"),
+            AlertWay::Heartbeat { url, .. } => format!("heartbeat {url}"),
+            AlertWay::Command(command) => format!("command {}", command.first().map_or("", String::as_str)),
+        };
+        let todo = "is it reachable from here, and is its URL or program right?";
+        let item = match sent {
+            Ok(()) => Item::ok("test", format!("{way} took it")),
+            Err(error) => Item::not_ok("test", error.to_string(), todo),
+        };
+        report.add(context, format!("alert {}", channel.name), vec![item]);
+    }
+    if config.alerts.is_empty() {
+        let item = Item::warn("alerts", "there are none", "write [alert.NAME] with webhook, command or heartbeat");
+        report.add(context, "pgkeep".to_owned(), vec![item]);
+    }
+    report
 }
 
 /// What hangs is not ok either.

@@ -236,8 +236,8 @@ impl World {
         }
         let backup = &backups[dice.below(backups.len() as u64) as usize];
         let range = WalRange { branch: backup.branch, from: backup.start, to: backup.stop.advance(MIB) };
-        let (purpose, began_at) = ("restore".to_owned(), at(self.hour));
-        let record = LeaseRecord { purpose, writer: WRITER, began_at, backup: Some(backup.label), wal: vec![range] };
+        let empty = LeaseRecord::new("restore", WRITER, at(self.hour));
+        let record = LeaseRecord { backup: Some(backup.label), wal: vec![range], ..empty };
         let name = LeaseName::new("restore-1", 1, self.hour as u32).unwrap();
         self.survey.leases.push(Lease { name, beat_at: at(self.hour), record: Some(record) });
     }

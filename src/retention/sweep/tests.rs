@@ -398,8 +398,7 @@ async fn p5_a_day_to_disagree() {
     let name = world.repository.put_hold(&id(), &hold(Held::Backup(label(4)))).await.unwrap();
     world.repository.put_hold(&id(), &hold(Held::Time(at(6 * DAY)))).await.unwrap();
     // Somebody restores an old one, and a backup begins that saw no plan yet.
-    let (purpose, began_at) = ("restore".to_owned(), at(9 * DAY));
-    let lease = LeaseRecord { purpose, writer, began_at, backup: Some(label(1)), wal: Vec::new() };
+    let lease = LeaseRecord { backup: Some(label(1)), ..LeaseRecord::new("restore", writer, at(9 * DAY)) };
     world.set(10 * DAY);
     world.put(ClusterObject::Start(label(10)), 3).await; // does not open: its parents are any
     days_go_by(&world, 10..11).await;
