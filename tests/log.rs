@@ -188,7 +188,8 @@ fn a_dropped_table_is_found_and_restored() {
         push.current_dir(pg.data_dir());
         support::rig::ran(push).exits(0);
     }
-    assert_eq!(rig.objects("second", &["index"]).len(), 3);
+    let indexed = || rig.objects("second", &["index"]).len() == 3;
+    wait_until("three segments are indexed", Duration::from_secs(60), indexed);
     let (pushed, _) = everything(&rig, "second");
     assert!(pushed.iter().any(|transaction| transaction["xid"] == drop["xid"]) && pushed.len() < with_index.len());
 

@@ -283,6 +283,10 @@ impl Repository {
                     }
                     Err(error) if error.is_not_found() => {}
                     Err(error) if error.is_damage() => {
+                        // A tail that a crash left before its first append is nothing, and no damage.
+                        if piece.is_tail() && matches!(self.open_tail_piece(&piece).await, Ok(None)) {
+                            continue;
+                        }
                         let (name, reason) = (piece.name.to_string(), error.to_string());
                         inventory.damaged.push(DamagedObject { name, reason });
                     }

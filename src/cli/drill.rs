@@ -16,6 +16,7 @@ use super::restore::{restore_command, sources};
 use super::several::{Away, open_all};
 use super::{CliError, Context, Exit, open, stop_on_signal};
 use crate::catalog::Repository;
+use crate::catalog::events::Happened;
 use crate::catalog::verification::{Drill, Outcome};
 use crate::config::{self, Place};
 use crate::plan::{NoKind, PlanError, Point, Stop, Target, TimelineChoice};
@@ -298,6 +299,9 @@ pub(super) async fn once(
     (result.checks, result.phases) = (seen.checks, seen.phases);
     let recorded = repository.put_drill(&id, &result).await;
     let not_recorded = recorded.err().map(|error| error.to_string());
+    let failure = result.failure().map(|check| format!("{}: {}", check.check, check.found));
+    let (target, passed) = (result.target.clone(), result.verdict == Outcome::Passed);
+    repository.note_event(&id, Happened::Drilled { target, passed, failure }).await;
     let (repository, cluster) = (repository.name().to_owned(), id.to_string());
     Ok(Ok(Done { repository, cluster, drill: result, not_recorded }))
 }

@@ -9,6 +9,7 @@ use super::output::{bytes, count, time};
 use super::several::{Away, open_all};
 use super::{CliError, Context, Exit, open, stop_on_signal};
 use crate::catalog::Repository;
+use crate::catalog::events::Happened;
 use crate::catalog::verification::{Fault, Finding, Lost};
 use crate::types::{ClusterId, SegmentSize};
 use crate::verify::{Manner, NoTurn, Options, Report, Wanted, repair, verify};
@@ -155,6 +156,8 @@ async fn one(
         if args.repair && !stop.is_cancelled() {
             match bring_back(repository, &found, id, &finding, size).await {
                 Ok(done) => {
+                    let (object, from) = (done.object.clone(), done.from.clone());
+                    repository.note_event(id, Happened::Repaired { object, from }).await;
                     report.repaired.push(done);
                     continue;
                 }

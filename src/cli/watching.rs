@@ -23,10 +23,13 @@ use super::{CliError, open, several};
 use crate::archive::{ClusterStatus, Source};
 use crate::catalog::Repository;
 use crate::catalog::inventory::Hole;
+use crate::catalog::verification::Outcome;
 use crate::config::{ClusterConfig, Config, Schedule};
 use crate::daemon::alert::{Active, watch_over};
 use crate::daemon::expire::expire_daily;
-use crate::daemon::health::{Attempts, BackupFact, Facts, RepositoryFacts, SlotFacts, Watched, WatchedCluster};
+use crate::daemon::health::{
+    Attempts, BackupFact, DrillFact, Facts, RepositoryFacts, SlotFacts, VerifiedFact, Watched, WatchedCluster,
+};
 use crate::daemon::http::serve;
 use crate::daemon::schedule::{Scheduled, schedule};
 use crate::pg::{Session, quote_literal};
@@ -307,6 +310,17 @@ async fn look_at(
         stored_bytes: backup.stored_bytes,
         flagged: backup.flagged.is_some(),
     });
+    let verified = repository.newest_verification(id).await.map_err(in_store)?.map(|newest| VerifiedFact {
+        at: newest.ended_at,
+        whole_since: newest.oldest_read,
+        unread_objects: newest.unread_objects,
+        findings: newest.findings.len() as u64 + newest.more_findings,
+    });
+    let drill = repository.drills(id, 1).await.map_err(in_store)?.pop().map(|(_, drill)| DrillFact {
+        at: drill.began_at,
+        passed: drill.verdict == Outcome::Passed,
+        failure: drill.failure().map(|check| format!("{}: {}", check.check, check.found)),
+    });
     let facts = RepositoryFacts {
         repository: name.to_owned(),
         looked_at: repository.now(),
@@ -319,6 +333,10 @@ async fn look_at(
         gaps: 0,
         gap_words: Vec::new(),
         damaged: inventory.damaged.len(),
+        verified,
+        verify_within_seconds: cluster.verify.within.map(|within| within.as_secs()),
+        drill,
+        drill_every_seconds: cluster.drill.as_ref().and_then(|drill| drill.every).map(|every| every.as_secs()),
     };
     Ok(Some(facts.with_gaps(holes.iter().map(Hole::to_string))))
 }

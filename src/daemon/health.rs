@@ -128,6 +128,38 @@ pub struct RepositoryFacts {
     pub gap_words: Vec<String>,
     /// Objects that do not open.
     pub damaged: usize,
+    /// What the newest verification said; `None`: there was none.
+    pub verified: Option<VerifiedFact>,
+    /// Everything is to be opened once within so long, in seconds.
+    pub verify_within_seconds: Option<i64>,
+    /// How the newest drill from it went; `None`: there was none.
+    pub drill: Option<DrillFact>,
+    /// A drill is to be done so often, in seconds.
+    pub drill_every_seconds: Option<i64>,
+}
+
+/// A verification of a repository.
+#[derive(Debug, Clone, Serialize)]
+pub struct VerifiedFact {
+    /// When it ended.
+    pub at: Timestamp,
+    /// Every object that was ever opened was found whole since then.
+    pub whole_since: Option<Timestamp>,
+    /// Objects that were never opened.
+    pub unread_objects: u64,
+    /// What was wrong.
+    pub findings: u64,
+}
+
+/// A drill.
+#[derive(Debug, Clone, Serialize)]
+pub struct DrillFact {
+    /// When it began.
+    pub at: Timestamp,
+    /// It found everything as it should be.
+    pub passed: bool,
+    /// What it found to be wrong.
+    pub failure: Option<String>,
 }
 
 impl RepositoryFacts {
@@ -499,6 +531,28 @@ fn repositories(page: &mut Page, picture: &Picture) {
     });
     each("pgkeep_damaged_objects", "Objects that cannot be used.", &|of| {
         of.facts.as_ref().map(|facts| facts.damaged as f64)
+    });
+    let verified = |of: &RepositoryPicture| of.facts.as_ref()?.verified.clone();
+    each("pgkeep_verified_timestamp_seconds", "When names, lengths and records were last found to fit.", &|of| {
+        verified(of).map(|verified| seconds(verified.at))
+    });
+    each(
+        "pgkeep_verified_whole_since_timestamp_seconds",
+        "Each object that was ever opened was whole since then.",
+        &|of| verified(of)?.whole_since.map(seconds),
+    );
+    each("pgkeep_verified_unread_objects", "Objects that were never opened.", &|of| {
+        verified(of).map(|verified| verified.unread_objects as f64)
+    });
+    each("pgkeep_verification_findings", "What the last verification found to be wrong.", &|of| {
+        verified(of).map(|verified| verified.findings as f64)
+    });
+    let drill = |of: &RepositoryPicture| of.facts.as_ref()?.drill.clone();
+    each("pgkeep_drill_last_timestamp_seconds", "When the last drill began.", &|of| {
+        drill(of).map(|drill| seconds(drill.at))
+    });
+    each("pgkeep_drill_last_passed", "1 where it found everything as it should be.", &|of| {
+        drill(of).map(|drill| f64::from(u8::from(drill.passed)))
     });
     each("pgkeep_looked_age_seconds", "How old what is said of the repository's content is.", &|of| {
         of.facts.as_ref().map(|facts| seconds_of(picture.at.duration_since(facts.looked_at)))

@@ -202,6 +202,23 @@ pub enum Happened {
         /// Why.
         reason: String,
     },
+    /// A drill is over.
+    Drilled {
+        /// The target as it was given or drawn.
+        target: String,
+        /// It found everything as it should be.
+        passed: bool,
+        /// What it found to be wrong.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        failure: Option<String>,
+    },
+    /// An object that was missing or damaged is there again.
+    Repaired {
+        /// Its name.
+        object: String,
+        /// The repository that still had it, by its name in the configuration.
+        from: String,
+    },
     /// Objects were copied here from another repository.
     Copied {
         /// The other repository, by its name in the configuration.
@@ -494,6 +511,11 @@ impl fmt::Display for Happened {
                 write!(f, "a restore from {backup} has its {bytes} bytes of files")
             }
             Happened::RestoreFailed { backup, reason } => write!(f, "a restore from {backup} failed: {reason}"),
+            Happened::Drilled { target, passed: true, .. } => write!(f, "a drill to {target} passed"),
+            Happened::Drilled { target, failure, .. } => {
+                write!(f, "a drill to {target} FAILED: {}", failure.as_deref().unwrap_or("see `pgkeep drill --report`"))
+            }
+            Happened::Repaired { object, from } => write!(f, "{object} is repaired from repository {from}"),
             Happened::Copied { from, backups, bytes } => {
                 write!(f, "copied from repository {from}: {backups} base backups, {bytes} bytes")
             }

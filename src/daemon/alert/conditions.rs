@@ -26,6 +26,9 @@ pub struct Limits {
     pub behind_bytes: u64,
 }
 
+/// Names and lengths are verified daily; so much later they are overdue.
+const UNVERIFIED: SignedDuration = SignedDuration::from_hours(3 * 24);
+
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Condition {
@@ -55,6 +58,9 @@ pub fn conditions(picture: &Picture, limits: Limits) -> Vec<Condition> {
         if let Some(what) = overdue(cluster, picture.at) {
             add("backup-overdue", "", what);
         }
+        if let Some(what) = drill_overdue(cluster, picture.at) {
+            add("drill-overdue", "", what);
+        }
         for repository in &cluster.repositories {
             let name = repository.repository.as_str();
             if let Some(what) = lags(repository, limits) {
@@ -79,6 +85,13 @@ pub fn conditions(picture: &Picture, limits: Limits) -> Vec<Condition> {
             }
             if let Some(what) = short(facts, picture.at) {
                 add("window", name, what);
+            }
+            if let Some((kind, what)) = verification(facts, picture.at) {
+                add(kind, name, what);
+            }
+            if let Some(drill) = facts.drill.as_ref().filter(|drill| !drill.passed) {
+                let why = drill.failure.as_deref().unwrap_or("see `pgkeep drill --report`");
+                add("drill-failed", name, format!("the drill of {:.0} failed: {why}", drill.at));
             }
         }
     }
@@ -178,10 +191,59 @@ fn short(facts: &RepositoryFacts, at: Timestamp) -> Option<String> {
     }
 }
 
+/// Whether `since`, or where nothing ever happened the oldest base backup, is longer ago than `allowed`.
+fn is_long_ago(since: Option<Timestamp>, facts: &RepositoryFacts, allowed: SignedDuration, at: Timestamp) -> bool {
+    let since = since.or(facts.oldest_backup.map(|oldest| oldest.start()));
+    since.is_some_and(|since| at.duration_since(since) > allowed)
+}
+
+fn verification(facts: &RepositoryFacts, at: Timestamp) -> Option<(&'static str, String)> {
+    let verified = facts.verified.as_ref();
+    if let Some(verified) = verified.filter(|verified| verified.findings > 0) {
+        let (count, when) = (verified.findings, verified.at);
+        let what = format!(
+            "the verification of {when:.0} found {count} things wrong; `pgkeep verify` names them, and `pgkeep verify --repair` \
+             brings back what another repository has"
+        );
+        return Some(("verification-failed", what));
+    }
+    if is_long_ago(verified.map(|verified| verified.at), facts, UNVERIFIED, at) {
+        let last = verified.map_or_else(|| "never".to_owned(), |verified| format!("last at {:.0}", verified.at));
+        let what =
+            format!("it is to be verified daily, and was {last}; see the log of `pgkeep run`, or run `pgkeep verify`");
+        return Some(("verification-overdue", what));
+    }
+    // Half as long again: reading yields to everything else.
+    let within = SignedDuration::from_secs(facts.verify_within_seconds?);
+    let whole_since = verified.and_then(|verified| verified.whole_since);
+    let allowed = within.checked_add(within / 2)?;
+    is_long_ago(whole_since, facts, allowed, at).then(|| {
+        let since = whole_since.map_or_else(|| "were never opened".to_owned(), |since| format!("were last opened at {since:.0}"));
+        let days = within.as_hours() / 24;
+        let what = format!(
+            "every object is to be opened within {days} days, and some {since}; raise verify_rate, or run `pgkeep verify --objects`"
+        );
+        ("verification-overdue", what)
+    })
+}
+
+/// A drill from any of its repositories will do.
+fn drill_overdue(cluster: &ClusterPicture, at: Timestamp) -> Option<String> {
+    let all = || cluster.repositories.iter().filter_map(|repository| repository.facts.as_ref());
+    let every = SignedDuration::from_secs(all().find_map(|facts| facts.drill_every_seconds)?);
+    let allowed = every.checked_add(every / 2)?;
+    let last = all().filter_map(|facts| facts.drill.as_ref()).map(|drill| drill.at).max();
+    all().all(|facts| is_long_ago(last, facts, allowed, at)).then(|| {
+        let last = last.map_or_else(|| "never".to_owned(), |last| format!("last at {last:.0}"));
+        let hours = every.as_hours();
+        format!("a drill is to be done every {hours} hours, and was {last}; see the log of `pgkeep run`")
+    })
+}
+
 #[cfg(test)]
 pub(in crate::daemon) mod tests {
     use super::*;
-    use crate::daemon::health::StreamPicture;
+    use crate::daemon::health::{DrillFact, StreamPicture, VerifiedFact};
     use crate::daemon::schedule::Scheduled;
     use crate::store::counts::counts;
     use crate::types::{BackupLabel, Lsn};
@@ -214,6 +276,10 @@ pub(in crate::daemon) mod tests {
             gaps: 0,
             gap_words: Vec::new(),
             damaged: 0,
+            verified: Some(VerifiedFact { at: day(10), whole_since: Some(day(5)), unread_objects: 0, findings: 0 }),
+            verify_within_seconds: Some(30 * DAY),
+            drill: Some(DrillFact { at: day(8), passed: true, failure: None }),
+            drill_every_seconds: Some(7 * DAY),
         };
         let repository = RepositoryPicture {
             repository: "main".to_owned(),
@@ -286,7 +352,10 @@ pub(in crate::daemon) mod tests {
             of.slot.as_mut().unwrap()
         }
         type Change = fn(&mut ClusterPicture);
-        let cases: [(&str, Change); 15] = [
+        fn verified(of: &mut ClusterPicture) -> &mut VerifiedFact {
+            facts(of).verified.as_mut().unwrap()
+        }
+        let cases: [(&str, Change); 23] = [
             ("behind", |of| stream(of).exposure_seconds = 301.0),
             ("behind", |of| stream(of).exposure_bytes = 2_000_000_000),
             ("behind", |of| (of.stream, of.not_streaming_seconds) = (None, Some(301))),
@@ -302,6 +371,14 @@ pub(in crate::daemon) mod tests {
             ("backup-size", |of| facts(of).backups[0].bytes = 1 << 30),
             ("backup-size", |of| facts(of).backups[0].bytes = 30 << 30),
             ("window", |of| facts(of).window_from = Some(day(5))),
+            ("verification-failed", |of| verified(of).findings = 1),
+            ("verification-overdue", |of| verified(of).at = day(6)),
+            ("verification-overdue", |of| facts(of).verified = None),
+            ("verification-overdue", |of| verified(of).whole_since = Some(day(-36))),
+            ("verification-overdue", |of| facts(of).verify_within_seconds = Some(3 * DAY)),
+            ("drill-failed", |of| facts(of).drill.as_mut().unwrap().passed = false),
+            ("drill-overdue", |of| facts(of).drill.as_mut().unwrap().at = day(-1)),
+            ("drill-overdue", |of| (facts(of).drill, facts(of).drill_every_seconds) = (None, Some(2 * DAY))),
         ];
         for (want, change) in cases {
             assert_eq!(kinds(change), [want]);
@@ -317,6 +394,17 @@ pub(in crate::daemon) mod tests {
         };
         assert!(kinds(young).is_empty());
         assert!(kinds(|of| facts(of).backups.truncate(3)).is_empty());
+        // Nobody verifies or drills what is a day old; and drills are done only where it is said how often.
+        let new = |of: &mut ClusterPicture| {
+            (facts(of).verified, facts(of).drill) = (None, None);
+            facts(of).oldest_backup = Some(BackupLabel::at(day(9)));
+        };
+        assert!(kinds(new).is_empty());
+        assert!(kinds(|of| (facts(of).drill, facts(of).drill_every_seconds) = (None, None)).is_empty());
+        assert!(
+            kinds(|of| (facts(of).drill.as_mut().unwrap().at, facts(of).drill_every_seconds) = (day(-90), None))
+                .is_empty()
+        );
         assert!(kinds(|of| facts(of).backups.iter_mut().enumerate().for_each(|(n, of)| of.bytes = 1 << n)).is_empty());
     }
 }
