@@ -1,9 +1,8 @@
-//! Large writes that go past the system's cache, and reads of what is not in it.
+//! Large writes that go past the system's cache.
 //!
 //! What a restore writes, and what lies in a repository, is read once, later, and by somebody else; passing it through the cache
 //! can cost more than everything else on its way (docs/decisions.md), and drives out what others on the host need. Small writes
-//! stay with the cache, which joins them. What is to be read once to be compared is taken from the cache where it is there, and
-//! does not come into it where it is not.
+//! stay with the cache, which joins them.
 //!
 //! What always holds: the same bytes are written as by a plain write, wherever the file system knows no such writes, too. A
 //! failed write is told at once. Durable they are after a sync, as after any write.
@@ -12,11 +11,10 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
-use std::io::{IoSlice, IoSliceMut};
-use std::os::unix::fs::FileExt;
+use std::io::IoSlice;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::io::{Errno, ReadWriteFlags, pread, preadv2, pwrite, pwritev};
+use rustix::io::{Errno, pwrite, pwritev};
 
 /// Fewer bytes are left to the cache.
 const FROM: u64 = 512 << 10;
@@ -109,59 +107,10 @@ fn through_the_cache<C: AsRef<[u8]>>(file: &File, chunks: &[C], done: u64, mut o
     Ok(())
 }
 
-/// Reads exactly `bytes` at `offset`. Nobody else may use this description of the file meanwhile.
-pub fn read_exact_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-    let align = rustix::param::page_size().max(ALIGN);
-    let mut done = 0;
-    if bytes.len() as u64 >= FROM && offset.is_multiple_of(align as u64) {
-        // What is in the cache from the first byte on. A system that cannot say so has nothing there.
-        let cached = preadv2(file, &mut [IoSliceMut::new(bytes)], offset, ReadWriteFlags::NOWAIT).unwrap_or(0);
-        if cached == bytes.len() {
-            return Ok(());
-        }
-        done = cached / align * align;
-        done += read_past_the_cache(file, bytes.get_mut(done..).unwrap_or_default(), offset + done as u64, align)?;
-    }
-    file.read_exact_at(bytes.get_mut(done..).unwrap_or_default(), offset + done as u64)
-}
-
-/// Reads what it can, and says how much that was.
-fn read_past_the_cache(file: &File, bytes: &mut [u8], at: u64, align: usize) -> io::Result<usize> {
-    let Ok(flags) = fcntl_getfl(file) else { return Ok(0) };
-    if fcntl_setfl(file, flags | OFlags::DIRECT).is_err() {
-        return Ok(0);
-    }
-    let read = BUFFER.with_borrow_mut(|buffer| {
-        buffer.resize(SCRATCH + align, 0);
-        let skip = buffer.as_ptr().align_offset(align).min(align);
-        let mut done = 0;
-        while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            // Up to the end of a page: behind the file's end there is nothing, and it says so.
-            let len = rest.len().next_multiple_of(align).min(SCRATCH);
-            let place = buffer.get_mut(skip..skip + len).unwrap_or_default(); // invariant: it is longer by `align`
-            match pread(file, &mut *place, at + done as u64) {
-                Ok(len) => {
-                    let now = len.min(rest.len());
-                    let (Some(to), Some(from)) = (rest.get_mut(..now), place.get(..now)) else { break };
-                    to.copy_from_slice(from);
-                    done += now;
-                    if !len.is_multiple_of(align) || len == 0 {
-                        break; // the file's end
-                    }
-                }
-                Err(Errno::INTR) => {}
-                Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::AGAIN) => break,
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        Ok(done)
-    });
-    fcntl_setfl(file, flags)?;
-    read
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
     use proptest::prelude::*;
 
@@ -204,39 +153,6 @@ mod tests {
                 prop_assert_eq!(file.metadata().unwrap().len(), wanted.len() as u64);
                 file.read_exact_at(&mut found, 0).unwrap();
                 prop_assert!(found == wanted);
-            }
-        }
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(24))]
-        /// Wherever it begins, whatever of it is in the cache, and up to the file's last byte.
-        #[test]
-        fn the_same_bytes_are_read_as_by_a_plain_read(
-            len in 1usize..4 << 20,
-            reads in proptest::collection::vec((0usize..600, 0usize..3 << 20), 1..4),
-            warm in proptest::option::of((0usize..4 << 20, 0usize..1 << 20)),
-            seed: u64,
-        ) {
-            let (file, content) = (tempfile::tempfile().unwrap(), bytes(len, seed));
-            write_all_at(&file, &[&content], 0).unwrap();
-            file.sync_all().unwrap();
-            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
-            if let Some((from, len)) = warm {
-                let _ = file.read_at(&mut vec![0; len], from as u64).unwrap();
-            }
-            for (page, len) in reads {
-                let from = page * 8192;
-                let mut found = vec![0; len];
-                let read = read_exact_at(&file, &mut found, from as u64);
-                match content.get(from..from + len) {
-                    Some(wanted) => prop_assert!(read.is_ok() && found == wanted),
-                    None => prop_assert_eq!(read.unwrap_err().kind(), io::ErrorKind::UnexpectedEof),
-                }
-                let all = content.get(from..).unwrap_or_default();
-                let mut found = vec![0; all.len()];
-                read_exact_at(&file, &mut found, from as u64).unwrap();
-                prop_assert!(found == all);
             }
         }
     }

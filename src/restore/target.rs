@@ -117,7 +117,7 @@ impl Target {
 
     /// Reads bytes that lie within it.
     pub fn read(&self, file: &File, bytes: &mut [u8], offset: u64) -> Result<(), RestoreError> {
-        direct::read_exact_at(file, bytes, offset).map_err(self.failed("read"))
+        file.read_exact_at(bytes, offset).map_err(self.failed("read"))
     }
 
     /// Makes bytes zeros: a hole, where the file system has them.
