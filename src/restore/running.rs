@@ -21,6 +21,16 @@ pub fn server_on(data: &Path) -> Option<u32> {
     servers().into_iter().find(|server| same_file(&server.data, data)).map(|server| server.pid)
 }
 
+/// A process that is PostgreSQL's and works in this data directory, for who is to stop it: the postmaster, where it lives. What
+/// `postmaster.pid` says alone is not believed: after a crash its number may be anybody's.
+pub fn process_on(data: &Path) -> Option<u32> {
+    let said = fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
+    let said = said.lines().next().and_then(|line| line.trim().parse::<i32>().ok()).map(i32::unsigned_abs);
+    let here: Vec<u32> =
+        servers().into_iter().filter(|server| same_file(&server.data, data)).map(|server| server.pid).collect();
+    said.filter(|pid| here.contains(pid)).or(here.first().copied())
+}
+
 /// A server elsewhere than on `data` that has a tablespace in this directory: its process and its data directory.
 pub fn server_with_tablespace(dir: &Path, data: &Path) -> Option<(u32, PathBuf)> {
     let others = servers().into_iter().filter(|server| !same_file(&server.data, data));
@@ -92,9 +102,11 @@ mod tests {
         let (here, there) = (server_on(dir.path()), server_on(elsewhere.path()));
         say(&format!("-{}", child.id()));
         let alone = server_on(dir.path());
+        let to_stop = process_on(dir.path());
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!((here, there, alone), (Some(child.id()), None, Some(child.id())));
+        assert_eq!(to_stop, None, "it is none of PostgreSQL's, whatever postmaster.pid says");
         assert_eq!(server_on(dir.path()), None, "it has ended");
     }
 }

@@ -17,7 +17,7 @@ use super::DrillError;
 use super::settings::{CONF, CONF_TEXT, HBA, HBA_TEXT, IDENT};
 use crate::pg::instance::give_to_server_user;
 use crate::plan::RestorePlan;
-use crate::restore::running::server_on;
+use crate::restore::running::process_on;
 
 /// In a scratch directory: it is a drill's.
 const MARKER: &str = "pgkeep-drill";
@@ -271,7 +271,7 @@ fn remove(dir: &Path) -> io::Result<()> {
 /// Stops the server on a data directory, and waits for its processes.
 fn stop_server(data: &Path) -> Result<(), DrillError> {
     let since = Instant::now();
-    while let Some(pid) = server_on(data) {
+    while let Some(pid) = process_on(data) {
         let waited = since.elapsed();
         if waited > PATIENCE {
             let source = io::Error::other(format!("process {pid} of a server does not end"));
